@@ -1,0 +1,45 @@
+"""Open up a locally loaded language model for RAG and chat: rank, look again, speak carefully, keep less.
+
+The front door. Importing it loads neither torch nor a framework; a name is imported when it is first used.
+"""
+
+from importlib import import_module
+from typing import Any
+
+__version__ = "0.1.0"
+
+_EXPORTS = {
+    "Backend": "qr_integrations.backend",
+    "Document": "qr_integrations.types",
+    "HeadSet": "qr_integrations.retrieval",
+    "ICRReranker": "qr_integrations.retrieval",
+    "PromptLayout": "qr_integrations.retrieval",
+    "QRHeadReranker": "qr_integrations.retrieval",
+    "Ranking": "qr_integrations.types",
+    "ScoredDocument": "qr_integrations.types",
+    "Span": "qr_integrations.types",
+}
+
+__all__ = [  # noqa: F822 - the names are resolved lazily by __getattr__
+    "Backend",
+    "Document",
+    "HeadSet",
+    "ICRReranker",
+    "PromptLayout",
+    "QRHeadReranker",
+    "Ranking",
+    "ScoredDocument",
+    "Span",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _EXPORTS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(_EXPORTS[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

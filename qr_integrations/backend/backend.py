@@ -1,0 +1,299 @@
+"""`Backend`: one loaded model, opened up. Everything else in the package stands on it."""
+
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+
+from qr_integrations.backend.attention_tap import AttentionLayer, AttentionTap, run_tapped, survey_attention
+from qr_integrations.backend.families import ChatPieces, published_pieces, template_pieces
+from qr_integrations.backend.loading import load_model, resolve_device, resolve_dtype, resolve_name
+from qr_integrations.backend.prefix import Prefix, new_cache
+from qr_integrations.errors import ClosedError, HeadError, InputError, ModelError
+
+_AUTO_CHUNK = 2048  # tokens at a time where a kernel needs a mask of chunk x T or softmaxes in plain torch
+_registry: dict[tuple[Any, ...], "Backend"] = {}
+_registry_lock = threading.Lock()
+_loading: dict[tuple[Any, ...], threading.Lock] = {}
+
+
+class Backend:
+    """A Hugging Face decoder on its device, with its attention within reach.
+
+    Make one with `Backend.load` or, around a model that you loaded yourself, with ``Backend(model, tokenizer)``.
+    Every pass through the model holds one lock, so any number of threads may share a backend.
+    """
+
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, name: str | None = None) -> None:
+        self.name = name or model.config._name_or_path or type(model).__name__
+        self._model: PreTrainedModel | None = model
+        self.tokenizer = tokenizer
+        self._lock = threading.RLock()
+        self._key: tuple[Any, ...] | None = None
+
+    @classmethod
+    def load(
+        cls,
+        name_or_path: str | Path,
+        *,
+        device: str = "auto",
+        dtype: str | torch.dtype = "auto",
+        revision: str | None = None,
+        quantization: Any = None,
+        device_map: Any = None,
+        attn_implementation: str | None = None,
+        local_files_only: bool = False,
+        trust_remote_code: bool = False,
+        model_kwargs: dict[str, Any] | None = None,
+    ) -> "Backend":
+        """Load a model, or hand out the one already loaded with the same arguments.
+
+        Args:
+            name_or_path: a bundled name (``"qr-mini"``), a local folder, or a hub id.
+            device: ``"auto"``, ``"cpu"``, ``"cuda"``, ``"cuda:1"``, ``"mps"``. Ignored with `device_map`.
+            dtype: ``"auto"`` is float32 on the CPU and the checkpoint's own elsewhere.
+            revision: branch, tag or commit on the hub.
+            quantization: ``"8bit"``, ``"4bit"`` (bitsandbytes) or a transformers quantization config.
+            device_map: as in transformers, ``"auto"`` spreads layers over all GPUs; needs the extra ``accelerate``.
+            attn_implementation: ``"sdpa"``, ``"flash_attention_2"``, ``"eager"``; None takes the model's default.
+            local_files_only: never ask the hub.
+            trust_remote_code: run code that the checkpoint brings along.
+            model_kwargs: further arguments of ``from_pretrained``.
+
+        Raises:
+            LoadError: wrong id, missing file, no space left, no such device.
+            MissingExtra: `device_map` or `quantization` without its dependency.
+        """
+        device, name = resolve_device(device), resolve_name(name_or_path)
+        hub_kwargs = {"revision": revision, "local_files_only": local_files_only, "trust_remote_code": trust_remote_code}
+        all_kwargs = {"dtype": resolve_dtype(dtype, device), **(model_kwargs or {})}
+        if attn_implementation is not None:
+            all_kwargs["attn_implementation"] = attn_implementation
+        key = (name, device, repr(device_map), repr(quantization), repr(hub_kwargs), repr(sorted(all_kwargs.items())))
+        with _registry_lock:
+            lock = _loading.setdefault(key, threading.Lock())
+        with lock:  # two threads that ask for the same model load it once; other models load meanwhile
+            if key not in _registry:
+                model, tokenizer = load_model(
+                    name,
+                    device=device,
+                    device_map=device_map,
+                    quantization=quantization,
+                    hub_kwargs=hub_kwargs,
+                    model_kwargs=all_kwargs,
+                )
+                _registry[key] = cls(model, tokenizer, name=str(name_or_path))
+                _registry[key]._key = key
+            return _registry[key]
+
+    def close(self) -> None:
+        """Let go of the weights; the next `load` with the same arguments loads afresh. Closing twice is fine."""
+        with self._lock:
+            self._model = None
+            self.__dict__.pop("attention_layers", None)
+            if self._key is not None and _registry.get(self._key) is self:
+                del _registry[self._key]
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+    def __repr__(self) -> str:
+        if self._model is None:
+            return f"Backend({self.name!r}, closed)"
+        return f"Backend({self.name!r}, device={str(self.device)!r}, dtype={self._model.dtype})"
+
+    @property
+    def model(self) -> PreTrainedModel:
+        """The transformers model itself.
+
+        Raises:
+            ClosedError: after `close()`.
+        """
+        if self._model is None:
+            raise ClosedError(f"{self.name!r} was closed: load it again with Backend.load({self.name!r})")
+        return self._model
+
+    @property
+    def decoder(self) -> nn.Module:
+        """The stack of layers without the language-model head; the text half of a vision-language model."""
+        decoder: nn.Module = self.model.get_decoder()
+        return decoder
+
+    @property
+    def device(self) -> torch.device:
+        """Where token ids go in."""
+        return self.model.get_input_embeddings().weight.device
+
+    @property
+    def config(self) -> Any:
+        """The text model's config."""
+        return self.model.config.get_text_config(decoder=True)
+
+    @property
+    def max_tokens(self) -> int | None:
+        """The longest sequence the model was made for; None where its config states no limit."""
+        limit = getattr(self.config, "max_position_embeddings", None) or getattr(self.config, "n_positions", None)
+        return int(limit) if limit else None
+
+    @cached_property
+    def attention_layers(self) -> dict[int, AttentionLayer]:
+        """Layer -> what can be read there. In hybrids, only the attention layers.
+
+        Raises:
+            UnsupportedModelError: the family's attention cannot be read.
+        """
+        with self.locked(), torch.no_grad():
+            ids = torch.zeros(1, 2, dtype=torch.long, device=self.device)
+            return survey_attention(self.decoder, lambda: self.decoder(input_ids=ids, use_cache=False))
+
+    @cached_property
+    def chat(self) -> ChatPieces:
+        """What stands around a user's message: the published prompt for the published families, else the chat template."""
+        return published_pieces(self.config, self.tokenizer) or template_pieces(self.tokenizer)
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold the model: no other thread's pass runs meanwhile."""
+        with self._lock:
+            yield
+
+    def check_heads(self, heads: Sequence[tuple[int, int]]) -> None:
+        """Every head exists.
+
+        Raises:
+            HeadError: names the ones that don't, and the model's shape.
+        """
+        layers = self.attention_layers
+        wrong = [(la, h) for la, h in heads if la not in layers or not 0 <= h < layers[la].num_heads]
+        if wrong:
+            shape = f"attention layers {_ranges(list(layers))} with {max(x.num_heads for x in layers.values())} heads"
+            raise HeadError(
+                f"{self.name!r} has no head {', '.join(map(str, wrong[:5]))}{' ...' if len(wrong) > 5 else ''}: it has {shape}, "
+                "counted from 0; pass heads of this model as (layer, head)"
+            )
+
+    def forward(
+        self,
+        token_ids: Sequence[int] | Tensor,
+        *,
+        tap: AttentionTap,
+        prefix: Prefix | None = None,
+        attention_mask: Tensor | None = None,
+    ) -> Float[Tensor, "B K *Q T"]:
+        """Run the layers up to the tap's deepest one and return the attention rows.
+
+        Args:
+            token_ids: the tokens after `prefix`, ``[S]`` or ``[B, S]``.
+            tap: which heads and rows. Rows count from the start of the sequence, prefix included.
+            prefix: what was read before; it stays as it is. Must reach as deep as the tap.
+            attention_mask: ``[B, S]``, 0 for left padding; only without a prefix.
+
+        Returns:
+            fp32, over all T = len(prefix) + S keys.
+        """
+        self.check_heads(tap.heads)
+        ids = self._batched(token_ids)
+        past = len(prefix) if prefix else 0
+        if tap.rows.start < past or tap.rows.stop > past + ids.shape[1]:
+            raise InputError(f"rows {tap.rows} are not within this pass, tokens {past} to {past + ids.shape[1]}")
+        if prefix is not None and (prefix.top_layer < tap.top_layer or attention_mask is not None):
+            raise InputError(
+                f"the prefix holds layers 0..{prefix.top_layer}, the tap reads layer {tap.top_layer}: prefill with "
+                "top_layer=tap.top_layer, and without attention_mask"
+            )
+        cache = prefix.branch() if prefix else new_cache(self.config, tap.top_layer)
+        with torch.set_grad_enabled(tap.differentiable and torch.is_grad_enabled()):
+            rows = self._run(ids, cache, past, attention_mask, tap=tap, stop_after=tap.top_layer)
+        assert rows is not None
+        return rows
+
+    @torch.no_grad()
+    def prefill(
+        self,
+        token_ids: Sequence[int],
+        *,
+        top_layer: int,
+        reuse: Prefix | None = None,
+        chunk_tokens: int | Literal["auto"] | None = "auto",
+    ) -> Prefix:
+        """Read a text once, layers 0..top_layer, for many passes to stand on. The top layer computes its keys only.
+
+        Args:
+            token_ids: the text, ``[T]``.
+            top_layer: the deepest layer that will be tapped.
+            reuse: an earlier prefix; its common beginning is not computed again.
+            chunk_tokens: tokens per pass; ``"auto"`` reads all at once where the kernel needs no mask, else 2048 at a time.
+        """
+        self.check_heads([(top_layer, 0)])
+        ids = self._batched(token_ids)
+        reuse = _usable(reuse, token_ids, top_layer)
+        cache = reuse.growing() if reuse else new_cache(self.config, top_layer)
+        done = len(reuse) if reuse else 0
+        step = (self._auto_chunk() if chunk_tokens == "auto" else chunk_tokens) or max(1, ids.shape[1])
+        for start in range(done, ids.shape[1], step):
+            self._run(ids[:, start : start + step], cache, start, None, tap=None, stop_after=top_layer)
+        return Prefix(tuple(token_ids), top_layer, cache)
+
+    def _auto_chunk(self) -> int | None:
+        kernel = self.attention_layers[min(self.attention_layers)].module.config._attn_implementation
+        slides = getattr(self.config, "sliding_window", None) and "sliding_attention" in (
+            getattr(self.config, "layer_types", None) or ["sliding_attention"]
+        )
+        return _AUTO_CHUNK if kernel == "eager" or (kernel == "sdpa" and slides) else None
+
+    def _batched(self, token_ids: Sequence[int] | Tensor) -> Tensor:
+        ids = torch.as_tensor(token_ids, dtype=torch.long, device=self.device)
+        return ids[None] if ids.dim() == 1 else ids
+
+    def _run(
+        self, ids: Tensor, cache: DynamicCache, past: int, mask: Tensor | None, *, tap: AttentionTap | None, stop_after: int
+    ) -> Tensor | None:
+        """One pass of the decoder under the lock, ended in `stop_after`."""
+        layers, decoder = self.attention_layers, self.decoder
+        if mask is None:
+            positions = torch.arange(past, past + ids.shape[1], device=ids.device)[None].expand(ids.shape)
+        else:
+            positions = (mask.long().cumsum(-1) - 1).clamp(min=0)
+        kwargs = {"input_ids": ids, "attention_mask": mask, "past_key_values": cache, "use_cache": True}
+
+        def run() -> None:
+            decoder(**kwargs, position_ids=positions)
+
+        modules = [layers[i].module for i in layers if i <= stop_after]
+        with self.locked(), _memory_advice(ids.shape[1], self.name):
+            return run_tapped(run, modules, tap=tap, stop_after=stop_after, past=past)
+
+
+def _usable(reuse: Prefix | None, token_ids: Sequence[int], top_layer: int) -> Prefix | None:
+    """The part of `reuse` that `token_ids` begins with, or None."""
+    if reuse is None or reuse.top_layer != top_layer:
+        return None
+    common = reuse.common_length(token_ids)
+    if common == len(reuse):
+        return reuse
+    return reuse.crop(common) if common and reuse.can_crop else None
+
+
+@contextmanager
+def _memory_advice(num_tokens: int, name: str) -> Iterator[None]:
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise ModelError(
+            f"out of memory while {name!r} read {num_tokens} tokens: pass chunk_tokens=512, max_doc_tokens=..., fewer "
+            "documents, or load with dtype='bfloat16'"
+        ) from error
+
+
+def _ranges(numbers: list[int]) -> str:
+    if numbers == list(range(numbers[0], numbers[-1] + 1)):
+        return f"{numbers[0]}..{numbers[-1]}"
+    return ", ".join(map(str, numbers))
+
+

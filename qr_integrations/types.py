@@ -1,0 +1,89 @@
+"""The nouns that cross the rooms: frozen, small, without torch.
+
+Spans are half-open. Ranks and indices are zero-based.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Span:
+    """A half-open range ``[start, stop)`` of tokens or characters; the user of the span says which."""
+
+    start: int
+    stop: int
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.start <= self.stop:
+            raise ValueError(f"a span needs 0 <= start <= stop, got [{self.start}, {self.stop})")
+
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+    def shift(self, offset: int) -> "Span":
+        """The same range, `offset` places to the right."""
+        return Span(self.start + offset, self.stop + offset)
+
+    def slice(self) -> slice:
+        """For indexing: ``tensor[..., span.slice()]``."""
+        return slice(self.start, self.stop)
+
+
+@dataclass(frozen=True, slots=True)
+class Document:
+    """A text to rank. `title` None leaves the title line out; `id` and `metadata` are the caller's and come back as given."""
+
+    text: str
+    title: str | None = None
+    id: str | None = None
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class ScoredDocument:
+    """One line of a `Ranking`.
+
+    Attributes:
+        index: position in the list the caller passed; two equal documents stay two.
+        score: calibrated attention mass, a share of one query row's attention, no unit. May be negative: the query looked
+            less at this document than the null query did. Comparable within one window only.
+        document: what the caller passed, as a `Document`.
+        num_tokens: tokens of the document in the prompt.
+        num_tokens_cut: tokens left out to fit the window; 0 when the document was read whole.
+        window: which prompt the score comes from, 0 when all documents fitted into one.
+    """
+
+    index: int
+    score: float
+    document: Document
+    num_tokens: int
+    num_tokens_cut: int = 0
+    window: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Ranking(Sequence[ScoredDocument]):
+    """Documents in the order of relevance, best first; ties keep the caller's order. It is a sequence of `ScoredDocument`."""
+
+    query: str
+    items: tuple[ScoredDocument, ...]
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, key: Any) -> Any:
+        return self.items[key]
+
+    def __iter__(self) -> Iterator[ScoredDocument]:
+        return iter(self.items)
+
+    @property
+    def order(self) -> list[int]:
+        """Indices into the caller's list, best first."""
+        return [item.index for item in self.items]
+
+    def top(self, k: int | None) -> "Ranking":
+        """The first `k` documents; None keeps all."""
+        return self if k is None else Ranking(self.query, self.items[:k])

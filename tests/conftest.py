@@ -1,0 +1,103 @@
+"""What every test may rely on: no network, no downloads, one small bundled model.
+
+The package is imported inside the fixtures only: jaxtyping's import hook has to be in place before it.
+"""
+
+import ipaddress
+import os
+import socket
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TRANSFORMERS_OFFLINE"] = "1"
+
+import pytest
+
+if TYPE_CHECKING:
+    from qr_integrations.backend import Backend
+
+ATTEMPTS = pytest.StashKey[list[str]]()
+PATCHED = ("connect", "connect_ex")
+
+
+class NetworkRefused(RuntimeError):
+    """A test reached for another machine."""
+
+
+def is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host in ("", "localhost")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Refuse connections to other machines from here on, so that imports during collection are covered too."""
+    attempts = config.stash[ATTEMPTS] = []
+    undo = pytest.MonkeyPatch()
+    config.add_cleanup(undo.undo)
+
+    def refuse(host: object) -> None:
+        name = host.decode() if isinstance(host, bytes) else str(host or "")
+        if not is_loopback(name):
+            attempts.append(name)
+            raise NetworkRefused(f"a test tried to reach {name!r}: tests use bundled files, or the `weights` marker")
+
+    def guarded(original: Any) -> Any:
+        def connect(self: socket.socket, address: Any) -> Any:
+            if self.family in (socket.AF_INET, socket.AF_INET6):
+                refuse(address[0])
+            return original(self, address)
+
+        return connect
+
+    resolve = socket.getaddrinfo
+
+    def getaddrinfo(host: Any, *args: Any, **kwargs: Any) -> Any:
+        refuse(host)
+        return resolve(host, *args, **kwargs)
+
+    for name in PATCHED:
+        undo.setattr(socket.socket, name, guarded(getattr(socket.socket, name)))
+    undo.setattr(socket, "getaddrinfo", getaddrinfo)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip what this machine cannot run, and say what would make it run."""
+    if not os.environ.get("QR_TEST_WEIGHTS"):
+        skip(items, "weights", "needs a checkpoint: set QR_TEST_WEIGHTS to its folder or to a cached hub id")
+    if any(item.get_closest_marker("gpu") for item in items):
+        import torch
+
+        if not torch.cuda.is_available():
+            skip(items, "gpu", "needs a CUDA device: torch.cuda.is_available() is False")
+
+
+def skip(items: list[pytest.Item], marker: str, reason: str) -> None:
+    for item in items:
+        if item.get_closest_marker(marker):
+            item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture(autouse=True)
+def network_attempts(request: pytest.FixtureRequest) -> Iterator[list[str]]:
+    """Hosts this test tried to reach. Fails the test even if the code under test swallowed the refusal."""
+    attempts = request.config.stash[ATTEMPTS]
+    attempts.clear()
+    yield attempts
+    assert not attempts, f"tried to reach {attempts}"
+
+
+@pytest.fixture(scope="session")
+def qr_mini() -> "Backend":
+    """The smallest bundled model, loaded once for all tests. Leave it as you found it."""
+    from qr_integrations.backend import Backend
+
+    return Backend.load("qr-mini")
+
+
+@pytest.fixture(scope="session")
+def weights_name() -> str:
+    """For tests marked `weights`: the folder or hub id in QR_TEST_WEIGHTS."""
+    return os.environ["QR_TEST_WEIGHTS"]
