@@ -64,6 +64,15 @@ class ScoredDocument:
 
 
 @dataclass(frozen=True, slots=True)
+class ScoredSpan:
+    """A piece of a document's text, by its characters, and its part of the document's score."""
+
+    span: Span
+    text: str
+    score: float
+
+
+@dataclass(frozen=True, slots=True)
 class Ranking(Sequence[ScoredDocument]):
     """Documents in the order of relevance, best first; ties keep the caller's order. It is a sequence of `ScoredDocument`."""
 

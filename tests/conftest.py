@@ -3,6 +3,7 @@
 The package is imported inside the fixtures only: jaxtyping's import hook has to be in place before it.
 """
 
+import importlib.util
 import ipaddress
 import os
 import socket
@@ -61,6 +62,12 @@ def pytest_configure(config: pytest.Config) -> None:
     for name in PATCHED:
         undo.setattr(socket.socket, name, guarded(getattr(socket.socket, name)))
     undo.setattr(socket, "getaddrinfo", getaddrinfo)
+
+
+def pytest_report_header() -> str:
+    """Which copy is under test: the installed one, or the tree (`python -m pytest`, an editable install)."""
+    found = importlib.util.find_spec("qr_integrations")
+    return f"qr_integrations: {found.origin if found else 'not found: pip install .'}"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -20,7 +20,7 @@ GROUND = {"errors", "types", "bundled"}
 CELLAR = GROUND | {"backend"}
 ROOMS = {"retrieval", "cropping", "decoding", "encoding", "pruning"}
 BELOW_THE_ROOF = CELLAR | ROOMS
-# The arrow: what a room (first folder or module under the package) may import from the others. Never back, never sideways.
+# The arrow: what a room (a folder or a module of the package) may import from the others. Never back, never sideways.
 MAY_IMPORT = {
     "errors": set(),
     "types": {"errors"},
@@ -54,6 +54,9 @@ FAMILY = re.compile(
 )
 MAX_FILE, MAX_BODY, P90_BODY = 400, 60, 30
 
+
+Function = ast.FunctionDef | ast.AsyncFunctionDef
+Definition = ast.ClassDef | Function
 
 # ---- reading
 
@@ -90,27 +93,35 @@ def imports(file: str) -> Iterator[tuple[int, str]]:
                 yield node.lineno, whole if whole in MODULES else source
 
 
-def functions(file: str) -> Iterator[tuple[ast.FunctionDef | ast.AsyncFunctionDef, int]]:
+def functions(file: str) -> Iterator[tuple[Function, int]]:
     """Every function, nested ones too, with the lines of its body: from the first statement after the docstring."""
     for node in ast.walk(tree_of(file)):
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+        if isinstance(node, Function):
             body = node.body[1:] if ast.get_docstring(node, clean=False) is not None else node.body
             yield node, (body[-1].end_lineno or 0) - body[0].lineno + 1 if body else 0
 
 
-def public(body: list[ast.stmt], owner: str = "") -> Iterator[tuple[ast.AST, str]]:
+def public(body: list[ast.stmt], owner: str = "") -> Iterator[tuple[Definition, str]]:
     """Public classes, their public methods, and public functions; not what lives inside a function."""
     for node in body:
-        if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) and not node.name.startswith("_"):
+        if isinstance(node, Definition) and not node.name.startswith("_"):
             yield node, owner + node.name
             if isinstance(node, ast.ClassDef):
                 yield from public(node.body, f"{node.name}.")
 
 
-def is_exempt(node: ast.AST) -> bool:
+def is_exempt(node: Definition) -> bool:
     """An overload and a property's setter share the docstring of the function they belong to."""
-    marks = {ast.unparse(d).split(".")[-1] for d in getattr(node, "decorator_list", [])}
+    marks = {ast.unparse(d).split(".")[-1] for d in node.decorator_list}
     return bool(marks & {"overload", "setter", "deleter"})
+
+
+def questions(file: str) -> Iterator[ast.expr]:
+    """Comparisons (`in`, `==`), and calls that ask how a word begins or ends."""
+    for node in ast.walk(tree_of(file)):
+        asks_a_word = isinstance(node, ast.Call) and dotted(node.func).endswith((".startswith", ".endswith"))
+        if isinstance(node, ast.Compare) or (asks_a_word and isinstance(node, ast.expr)):
+            yield node
 
 
 def dotted(node: ast.AST) -> str:
@@ -118,7 +129,7 @@ def dotted(node: ast.AST) -> str:
 
 
 def report(file: str, found: list[tuple[int, str]]) -> str:
-    return "\n" + "\n".join(f"qr_integrations/{file}:{line}: {what}" for line, what in found)
+    return "\n".join(f"qr_integrations/{file}:{line}: {what}" for line, what in found)
 
 
 each_file = pytest.mark.parametrize("file", FILES)
@@ -135,7 +146,7 @@ def test_the_arrow(file: str) -> None:
     for line, module in imports(file):
         if module.split(".")[0] != PACKAGE.name:
             continue
-        target = (module.split(".") + ["__init__"])[1]
+        target = (*module.split("."), "__init__")[1]
         if target != room and target not in MAY_IMPORT[room]:
             bad.append((line, f"{room} may not import {target} ({module})"))
     assert not bad, report(file, bad)
@@ -180,7 +191,9 @@ def test_most_bodies_are_short() -> None:
     bodies = sorted((n, f"qr_integrations/{file}:{f.lineno}: {f.name}") for file in FILES for f, n in functions(file))
     p90 = bodies[int(0.9 * len(bodies))][0]
     longest = "\n".join(f"{where} has {n} lines" for n, where in reversed(bodies[-10:]))
-    assert p90 <= P90_BODY, f"nine of ten bodies have up to {p90} lines, {P90_BODY} are allowed; the longest:\n{longest}"
+    assert p90 <= P90_BODY, (
+        f"nine of ten bodies have up to {p90} lines, {P90_BODY} are allowed; the longest:\n{longest}"
+    )
 
 
 # ---- what is said, and what is not
@@ -191,8 +204,8 @@ def test_everything_public_is_explained(file: str) -> None:
     tree = tree_of(file)
     bad = [] if not tree.body or ast.get_docstring(tree) else [(1, "the module has no docstring")]
     for node, name in public(tree.body):
-        if not ast.get_docstring(node) and not is_exempt(node):  # type: ignore[arg-type]
-            bad.append((node.lineno, f"{name} has no docstring"))  # type: ignore[attr-defined]
+        if not ast.get_docstring(node) and not is_exempt(node):
+            bad.append((node.lineno, f"{name} has no docstring"))
     assert not bad, report(file, bad)
 
 
@@ -212,14 +225,10 @@ def test_model_families_are_told_apart_in_one_table(file: str) -> None:
     if file == "backend/families.py":
         return
     bad = []
-    for node in ast.walk(tree_of(file)):
-        asks = isinstance(node, ast.Compare) or (
-            isinstance(node, ast.Call)
-            and isinstance(node.func, ast.Attribute)
-            and node.func.attr in {"startswith", "endswith"}
-        )
-        words = [n.value for n in ast.walk(node) if isinstance(n, ast.Constant) and isinstance(n.value, str)] if asks else []
-        bad += [(node.lineno, f"asks for {w!r}; that is a row of families.py") for w in words if FAMILY.fullmatch(w)]
+    for question in questions(file):
+        words = [node.value for node in ast.walk(question) if isinstance(node, ast.Constant)]
+        families = [word for word in words if isinstance(word, str) and FAMILY.fullmatch(word)]
+        bad += [(question.lineno, f"asks for {name!r}; that is a row of families.py") for name in families]
     assert not bad, report(file, bad)
 
 
@@ -236,7 +245,8 @@ def test_nothing_is_printed_or_unpickled(file: str) -> None:
 
 def paths_in_readme() -> list[str]:
     """Paths of the fenced block after `<!-- tree -->`: indented below their folder, several with two spaces between."""
-    block = re.search(r"<!-- tree -->\s*^```\w*\n(.*?)^```", (REPO / "README.md").read_text(encoding="utf-8"), re.M | re.S)
+    readme = (REPO / "README.md").read_text(encoding="utf-8")
+    block = re.search(r"<!-- tree -->\s*^```\w*\n(.*?)^```", readme, re.MULTILINE | re.DOTALL)
     assert block, "README.md has no fenced block after <!-- tree -->"
     paths, folders = [], [(-1, "")]
     for raw in block[1].splitlines():
@@ -252,13 +262,13 @@ def paths_in_readme() -> list[str]:
 
 
 def columns(line: str) -> list[str]:
-    """The leading paths of a line; what follows them is prose. Of `heads.py (+ json)` the first word counts."""
+    """The leading paths of a line, prose ends them. Of `heads.py (+ json)` the first word counts."""
     names = []
     for column in re.split(r"\s{2,}", line.strip()):
-        word = re.match(r"[\w.*/-]*(?:/|\.\w+|/\w+|^LICENSE)(?=$|\s\()", column) or re.fullmatch(r"LICENSE", column)
-        if not word:
+        word, _, rest = column.partition(" ")
+        if (rest and not rest.startswith("(")) or not re.search(r"[./]\w|/$|^LICENSE$", word):
             break
-        names.append(word[0])
+        names.append(word)
     return names
 
 

@@ -5,10 +5,13 @@ import os
 import socket
 import subprocess
 import sys
+import tomllib
 from importlib import import_module
 from pathlib import Path
 
 import pytest
+from jaxtyping import TypeCheckError
+
 import qr_integrations
 from qr_integrations import errors
 
@@ -30,9 +33,10 @@ HEAVY = ["torch", "transformers", "numpy", "rich", "langchain_core", "llama_inde
 
 
 def in_fresh_python(code: str) -> str:
-    """Run `code` in a new interpreter that sees the same package as this one."""
+    """Run `code` in a new interpreter that sees the same package as this one: -P leaves the working directory out."""
     path = os.pathsep.join([str(PACKAGE.parent), os.environ.get("PYTHONPATH", "")])
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, "PYTHONPATH": path})
+    command, environment = [sys.executable, "-P", "-c", code], {**os.environ, "PYTHONPATH": path}
+    run = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert run.returncode == 0, run.stderr
     return run.stdout.strip()
 
@@ -63,14 +67,12 @@ def test_dir_lists_the_names_before_they_are_used() -> None:
 
 
 def test_an_unknown_name_is_an_attribute_error() -> None:
-    with pytest.raises(AttributeError, match="qr_integrations.*Rerankerr"):
+    with pytest.raises(AttributeError, match=r"qr_integrations.*Rerankerr"):
         qr_integrations.Rerankerr  # noqa: B018
     assert not hasattr(qr_integrations, "__wrapped__")
 
 
 def test_the_version_is_that_of_the_project() -> None:
-    import tomllib
-
     project = tomllib.loads((TREE.parent / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     assert qr_integrations.__version__ == project["version"]
 
@@ -107,11 +109,17 @@ def test_every_file_of_the_tree_is_installed() -> None:
     assert (PACKAGE / "py.typed").is_file()
 
 
+def test_annotations_are_checked_in_this_run() -> None:
+    # jaxtyping's import hook is on (see addopts in pyproject.toml): a wrong type or shape fails where it is passed.
+    with pytest.raises(TypeCheckError):
+        qr_integrations.Document(text=3)
+
+
 def test_tests_cannot_reach_another_machine(network_attempts: list[str]) -> None:
     # 192.0.2.0/24 is set aside for documentation: nothing answers there, even where the guard is off.
     with socket.socket() as s, pytest.raises(RuntimeError, match=r"192\.0\.2\.1"):
         s.connect(("192.0.2.1", 80))
-    with pytest.raises(RuntimeError, match="example.invalid"):
+    with pytest.raises(RuntimeError, match=r"example\.invalid"):
         socket.getaddrinfo("example.invalid", 443)
     assert network_attempts == ["192.0.2.1", "example.invalid"]
     network_attempts.clear()

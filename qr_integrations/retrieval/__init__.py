@@ -1,0 +1,11 @@
+"""Rank: a query and documents in, a `Ranking` out, by a model's own attention.
+
+To add a method, write ``x.py`` with a class that has ``rank(query, documents, top_k=None) -> Ranking``, its test, and a line here.
+"""
+
+from qr_integrations.retrieval.heads import HeadSet
+from qr_integrations.retrieval.icr import ICRReranker
+from qr_integrations.retrieval.layout import PromptLayout
+from qr_integrations.retrieval.qrhead import QRHeadReranker
+
+__all__ = ["HeadSet", "ICRReranker", "PromptLayout", "QRHeadReranker"]

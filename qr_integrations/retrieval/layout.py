@@ -1,0 +1,170 @@
+"""The prompt, and where its parts are: spans are recorded while it is written, never searched for.
+
+``opening  Here are some paragraphs:  [1] title⏎text  [2] ...  instruction  Query: query  closing``
+
+Everything before the instruction is `shared`: it does not depend on the query and is read once per list of documents.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from qr_integrations.backend import Backend
+from qr_integrations.types import Document, Span
+
+FIND = "Please find information that are relevant to the following query in the paragraphs above."
+ANSWER = "Please answer the following question based on the information in the paragraphs above."
+_INTRO = "Here are some paragraphs:"
+
+
+@dataclass(frozen=True, slots=True)
+class PromptStyle:
+    """How the published prompts differ from each other.
+
+    Attributes:
+        instruction: the sentence between documents and query (`FIND`, or `ANSWER` as ICR has for questions).
+        strip: remove white space around query and passages, as ICR's code does.
+        first_occurrence: place each document where its text first occurs in the prompt, as QRHead's code does: wrong for a
+            document whose text is quoted by an earlier one. Only for reproducing published numbers.
+    """
+
+    instruction: str = FIND
+    strip: bool = False
+    first_occurrence: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class PromptLayout:
+    """A prompt as tokens, and the token spans of its parts (half-open).
+
+    Attributes:
+        token_ids: the whole prompt, length T.
+        documents: one span each, from the ``[`` of its number to the last character of its text.
+        query: the rows whose attention is averaged: instruction, query and closing, to the end of the prompt.
+        shared: what comes before; the same for every query over these documents.
+        text: the prompt as text.
+        offsets: ``[T, 2]`` characters of each token in `text`; None for tokenizers that cannot tell.
+        texts: character span of each document's text in `text`.
+    """
+
+    token_ids: tuple[int, ...]
+    documents: tuple[Span, ...]
+    query: Span
+    shared: Span
+    text: str
+    offsets: np.ndarray[Any, Any] | None
+    texts: tuple[Span, ...]
+
+    def __len__(self) -> int:
+        return len(self.token_ids)
+
+    @classmethod
+    def build(cls, backend: Backend, query: str, documents: Sequence[Document], style: PromptStyle = PromptStyle()) -> "PromptLayout":  # noqa: B008
+        """Write the prompt of `query` over `documents` for the model of `backend`."""
+        return PromptWriter(backend, style).write(query, documents)
+
+
+class PromptWriter:
+    """Writes prompts for one model, in its chat template or, for the families of the paper, as published."""
+
+    def __init__(self, backend: Backend, style: PromptStyle) -> None:
+        self._tokenizer, self._chat, self.style = backend.tokenizer, backend.chat, style
+
+    def write(self, query: str, documents: Sequence[Document]) -> PromptLayout:
+        """The prompt of `query` over `documents`."""
+        pieces, passages, texts = [self._chat.opening + _INTRO], [], []
+        position = len(pieces[0])
+        for number, document in enumerate(documents, start=1):
+            head, body = self._passage(number, document)
+            pieces += [self._chat.separator, head + body]
+            position += len(self._chat.separator)
+            passages.append(Span(position, position + len(head) + len(body)))
+            texts.append(Span(position + len(head), passages[-1].stop))
+            position = passages[-1].stop
+        pieces += [self._chat.separator, self._tail(query)]
+        text = "".join(pieces)
+        if self.style.first_occurrence:
+            passages = [Span(found := text.index(text[p.slice()]), found + len(p)) for p in passages]
+        ids, offsets, spans = self._tokenize(pieces, text, [*passages, Span(position + len(self._chat.separator), len(text))])
+        rows = Span(spans[-1].start, len(ids))
+        return PromptLayout(tuple(ids), tuple(spans[:-1]), rows, Span(0, rows.start), text, offsets, tuple(texts))
+
+    def rewrite(self, known: PromptLayout, query: str, documents: Sequence[Document]) -> PromptLayout:
+        """The prompt of another query over the documents of `known`, without tokenizing the documents again.
+
+        The end of the prompt is tokenized alone if that gave the same tokens for the known query; otherwise this is `write`.
+        """
+        start = known.offsets[known.query.start][0] if known.offsets is not None else None
+        if start is None or tuple(self._encode(known.text[start:], False)[0]) != known.token_ids[known.query.slice()]:
+            return self.write(query, documents)
+        tail = self._tail(query)
+        ids, offsets = self._encode(tail, False)
+        assert offsets is not None and known.offsets is not None
+        shared = known.shared.slice()
+        return PromptLayout(
+            known.token_ids[shared] + tuple(ids),
+            known.documents,
+            Span(known.query.start, known.query.start + len(ids)),
+            known.shared,
+            known.text[:start] + tail,
+            np.concatenate([known.offsets[shared], offsets + start]),
+            known.texts,
+        )
+
+    def _passage(self, number: int, document: Document) -> tuple[str, str]:
+        title = "" if document.title is None else f"{document.title}\n"
+        text = document.text
+        if self.style.strip:
+            title, text = (title.lstrip(), text.rstrip()) if title.strip() else ("", text.strip())
+        return f"[{number}] {title}", text
+
+    def _tail(self, query: str) -> str:
+        query = query.strip() if self.style.strip else query
+        return f"{self.style.instruction}{self._chat.separator}Query: {query}{self._chat.closing}"
+
+    def _encode(self, text: str, special: bool) -> tuple[list[int], np.ndarray[Any, Any] | None]:
+        fast = self._tokenizer.is_fast
+        out = self._tokenizer(text, add_special_tokens=special, return_offsets_mapping=fast, verbose=False)
+        return list(out["input_ids"]), np.asarray(out["offset_mapping"]).reshape(-1, 2) if fast else None
+
+    def _tokenize(
+        self, pieces: Sequence[str], text: str, chars: Sequence[Span]
+    ) -> tuple[list[int], np.ndarray[Any, Any] | None, list[Span]]:
+        """Token ids, offsets, and the token span of every character span."""
+        special = self._chat.add_special_tokens
+        ids, offsets = self._encode(text, special)
+        if offsets is not None:
+            return ids, offsets, [_token_span(offsets, span) for span in chars]
+        # A tokenizer that cannot tell characters: piece by piece, so that every boundary is known.
+        ids, spans = [], []
+        for i, piece in enumerate(pieces):
+            start = len(ids)
+            ids += self._encode(piece, special and i == 0)[0]
+            spans.append(Span(start, len(ids)))
+        return ids, None, spans[2::2]
+
+
+def _token_span(offsets: np.ndarray[Any, Any], chars: Span) -> Span:
+    """Tokens of a character span. A character in several tokens counts for its last one, as in the published code."""
+    real = np.flatnonzero(offsets[:, 1] > offsets[:, 0])  # added special tokens stand at (0, 0)
+    starts, stops = offsets[real, 0], offsets[real, 1]
+    last_begun = np.searchsorted(starts, [chars.start, max(chars.start, chars.stop - 1)], side="right") - 1
+    first = last_begun[0]
+    if first < 0 or stops[first] <= chars.start:  # the character itself has no token: take the next one
+        first = np.searchsorted(stops, chars.start, side="right")
+    return Span(int(real[first]), int(real[last_begun[1]]) + 1)
+
+
+def shorten(layout: PromptLayout, index: int, document: Document, max_tokens: int) -> Document:
+    """`document`, cut after its first `max_tokens` tokens in `layout` (its number and title included)."""
+    span = layout.documents[index]
+    if len(span) <= max_tokens:
+        return document
+    if layout.offsets is None:
+        kept = len(document.text) * max_tokens // len(span)
+    else:
+        kept = int(layout.offsets[span.start + max(1, max_tokens) - 1][1]) - layout.texts[index].start
+    return Document(document.text[: max(0, kept)], document.title, document.id, document.metadata)
+

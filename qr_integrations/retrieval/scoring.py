@@ -1,0 +1,64 @@
+"""From attention rows to document scores: equations 2-4 of QRHead (arXiv 2506.09944).
+
+Legend: K kept heads, T tokens, N documents. All scores are fp32.
+"""
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from qr_integrations.errors import ScoreError
+from qr_integrations.types import Span
+
+Order = Literal["sum_then_filter", "filter_then_sum"]
+
+
+def calibrate(query_KT: Float[Tensor, "K T1"], null_KT: Float[Tensor, "K T2"]) -> Float[Tensor, "K T3"]:
+    """Subtract what any query would get: the null query's attention, token by token (equation 3).
+
+    The longer one is cut to the shorter: the documents lie before both queries.
+    """
+    num_tokens = min(query_KT.shape[-1], null_KT.shape[-1])
+    return query_KT[:, :num_tokens] - null_KT[:, :num_tokens]
+
+
+def drop_outliers(scores_KT: Float[Tensor, "K T"], num_std: float = 2.0) -> Float[Tensor, "K T"]:
+    """Zero out the tokens of one document that lie at or below mean - `num_std` standard deviations (n - 1), row by row.
+
+    Calibration leaves single tokens far below zero, which the null query likes. One token alone has no deviation and stays.
+    """
+    if scores_KT.shape[-1] < 2:
+        return scores_KT
+    std, mean = torch.std_mean(scores_KT, dim=-1, keepdim=True)
+    return scores_KT.where(scores_KT > mean - num_std * std, 0.0)
+
+
+def score_documents(
+    scores_KT: Float[Tensor, "K T"], documents: Sequence[Span], *, order: Order = "sum_then_filter"
+) -> Float[Tensor, "N"]:
+    """One score per document from calibrated token scores.
+
+    `order="sum_then_filter"` is the official ranking path (heads are summed, then outliers dropped), ``"filter_then_sum"``
+    sums the per-head scores of the detection path; the two are not equal.
+
+    Raises:
+        ScoreError: the scores are not finite.
+    """
+    if order == "filter_then_sum":
+        return score_documents_per_head(scores_KT, documents).sum(0)
+    return score_documents_per_head(scores_KT.sum(0, keepdim=True), documents)[0]
+
+
+def score_documents_per_head(scores_KT: Float[Tensor, "K T"], documents: Sequence[Span]) -> Float[Tensor, "K N"]:
+    """The official detection path: outliers are dropped in every head by itself.
+
+    Raises:
+        ScoreError: the scores are not finite.
+    """
+    scores_KN = torch.stack([drop_outliers(scores_KT[:, span.slice()]).sum(-1) for span in documents], dim=-1)
+    if not torch.isfinite(scores_KN).all():
+        raise ScoreError("the model computed NaN or infinite attention: load it with dtype='bfloat16' or 'float32'")
+    return scores_KN

@@ -1,0 +1,94 @@
+"""Calibrated attention per token, with the documents read once and kept for the next query.
+
+Legend: K kept heads, T tokens of the shared part (documents), N documents.
+"""
+
+import threading
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from jaxtyping import Float
+from torch import Tensor
+
+from qr_integrations.backend import AttentionTap, Backend, Prefix
+from qr_integrations.retrieval.heads import HeadSet
+from qr_integrations.retrieval.layout import PromptLayout, PromptStyle, PromptWriter
+from qr_integrations.retrieval.scoring import calibrate
+from qr_integrations.types import Document
+
+NULL_QUERY = "N/A"
+
+
+@dataclass(slots=True)
+class _Known:
+    """What is known about one list of documents, whatever the query."""
+
+    documents: tuple[Document, ...]
+    layout: PromptLayout  # of the null query
+    prefix: Prefix | None = None
+    null: dict[bool, Tensor] = field(default_factory=dict)  # per head? -> scores
+
+
+class TokenScorer:
+    """Scores the tokens of documents for a query: attention from the query's rows minus attention from the null query's.
+
+    The keys and values of the documents, and the null query's scores, are kept for the last `keep_prefixes` lists, so that
+    another query over the same documents costs its own tokens only. Safe to share between threads.
+    """
+
+    def __init__(self, backend: Backend, heads: HeadSet, style: PromptStyle, *, calibrated: bool, keep_prefixes: int) -> None:
+        self.backend, self.heads, self.calibrated = backend, heads, calibrated
+        self._writer = PromptWriter(backend, style)
+        self._keep = keep_prefixes
+        self._known: OrderedDict[tuple[tuple[str | None, str], ...], _Known] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def layout(self, query: str, documents: Sequence[Document]) -> PromptLayout:
+        """The prompt, without running the model."""
+        return self._layout(self._recall(documents), query)
+
+    def score(
+        self, query: str, documents: Sequence[Document], *, per_head: bool = False
+    ) -> tuple[PromptLayout, Float[Tensor, "K T"]]:
+        """The prompt's layout, and the calibrated score of every token before the query.
+
+        `per_head=False` sums over the heads, K is 1.
+        """
+        known = self._recall(documents)
+        layout = self._layout(known, query)
+        with self._lock:  # of several threads with the same documents, one reads them
+            known.prefix = self.backend.prefill(
+                layout.token_ids[layout.shared.slice()], top_layer=self.heads.top_layer, reuse=known.prefix
+            )
+            if self.calibrated and per_head not in known.null:
+                known.null[per_head] = self._attention(known.layout, known.prefix, per_head)
+            prefix = known.prefix
+        scores_KT = self._attention(layout, prefix, per_head)
+        return layout, calibrate(scores_KT, known.null[per_head]) if self.calibrated else scores_KT
+
+    def forget(self) -> None:
+        """Free what is kept."""
+        with self._lock:
+            self._known.clear()
+
+    def _attention(self, layout: PromptLayout, prefix: Prefix, per_head: bool) -> Float[Tensor, "K T"]:
+        tap = AttentionTap(self.heads.heads, layout.query)
+        rows = self.backend.forward(layout.token_ids[len(prefix) :], tap=tap, prefix=prefix)
+        scores_KT = rows[0, :, layout.shared.slice()]
+        return scores_KT if per_head else scores_KT.sum(0, keepdim=True)
+
+    def _layout(self, known: _Known, query: str) -> PromptLayout:
+        return self._writer.rewrite(known.layout, query, known.documents)
+
+    def _recall(self, documents: Sequence[Document]) -> _Known:
+        key = tuple((document.title, document.text) for document in documents)
+        with self._lock:
+            known = self._known.pop(key, None)
+        if known is None:
+            known = _Known(tuple(documents), self._writer.write(NULL_QUERY, documents))
+        with self._lock:
+            self._known[key] = known
+            while len(self._known) > self._keep:
+                self._known.popitem(last=False)
+        return known

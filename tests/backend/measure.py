@@ -1,0 +1,167 @@
+"""How far the tap's rows are from the model's own eager attention, for every architecture.
+
+``python -m tests.backend.measure FILE`` measures all of them and writes the README's table as Markdown.
+"""
+
+import copy
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+import transformers
+from qr_integrations.backend import AttentionTap, Backend
+from qr_integrations.types import Span
+from tokenizers import Tokenizer, models
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+
+from tests.backend.architectures import COMMON, SUPPORTED, VOCAB, Architecture
+
+NUM_TOKENS, NUM_PREFIX, PADDING = 24, 13, 5  # all longer than the sliding windows, but for the padding
+RECURRENT = ("A_log", "dt_bias", ".D", "conv", "dt_proj", "x_proj", "lambda", "recurrent_param", "decay")
+
+
+@dataclass(frozen=True)
+class Bench:
+    """One architecture, set up: the backend under test, and a copy of its model that runs plain eager attention."""
+
+    backend: Backend
+    eager: PreTrainedModel
+
+    @property
+    def heads(self) -> tuple[tuple[int, int], ...]:
+        layers = self.backend.attention_layers
+        return tuple((layer, head) for layer in layers for head in range(layers[layer].num_heads))
+
+    @property
+    def top_layer(self) -> int:
+        return max(self.backend.attention_layers)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A line of the table: largest difference of any attention weight."""
+
+    architecture: Architecture
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    plain: float
+    padded: float
+    cached: float
+
+
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    words = {f"w{i}": i for i in range(VOCAB)}
+    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel(words, unk_token="w0")), pad_token="w0")
+
+
+def random_model(architecture: Architecture, kernel: str | None = None) -> PreTrainedModel:
+    """Weights so spread out that attention is far from uniform and every norm, bias and sink matters."""
+    config = getattr(transformers, architecture.config)(**{**COMMON, **architecture.kwargs})
+    extra = {} if kernel is None else {"attn_implementation": kernel}
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32, **extra).eval()
+    generator = torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if any(part in name for part in RECURRENT):
+                continue
+            noise = torch.randn(weight.shape, generator=generator)
+            if weight.dim() > 1:
+                weight.copy_(0.3 * noise)
+            else:
+                weight.add_((1.0 if "sink" in name else 0.3) * noise)
+    return model
+
+
+@lru_cache(maxsize=4)
+def bench(architecture: Architecture, kernel: str | None = None) -> Bench:
+    model = random_model(architecture, kernel)
+    eager = copy.deepcopy(model)
+    eager.set_attn_implementation("eager")
+    return Bench(Backend(model, tiny_tokenizer(), name=architecture.name), eager)
+
+
+def random_ids(num_tokens: int = NUM_TOKENS, seed: int = 0) -> list[int]:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(3, VOCAB, (num_tokens,), generator=generator).tolist()
+
+
+@torch.no_grad()
+def reference(model: PreTrainedModel, ids: Sequence[int] | Tensor, mask: Tensor | None = None) -> Tensor:
+    """Full attention of all attention layers from a plain forward pass: ``[B, layers * H, T, T]``."""
+    ids = torch.as_tensor(ids).reshape(-1, torch.as_tensor(ids).shape[-1])
+    positions = {} if mask is None else {"position_ids": (mask.cumsum(-1) - 1).clamp(min=0)}  # as `generate` does
+    if mask is not None and not takes_positions(model):
+        positions = {}
+    out = model(input_ids=ids, attention_mask=mask, use_cache=False, output_attentions=True, **positions)
+    square = (ids.shape[1], ids.shape[1])  # linear-attention layers report something else, or None
+    return torch.cat([a for a in out.attentions if a is not None and a.shape[-2:] == square], dim=1).float()
+
+
+def takes_positions(model: PreTrainedModel) -> bool:
+    import inspect
+
+    return "position_ids" in inspect.signature(model.forward).parameters
+
+
+def tap_all(on: Bench, rows: Span) -> AttentionTap:
+    return AttentionTap(on.heads, rows, reduce="none")
+
+
+def difference(found: Tensor, expected: Tensor) -> float:
+    assert found.shape == expected.shape, (found.shape, expected.shape)
+    assert expected.isfinite().all()
+    return (found - expected).abs().max().item()
+
+
+def plain_error(on: Bench) -> float:
+    ids = random_ids()
+    rows = on.backend.forward(ids, tap=tap_all(on, Span(0, NUM_TOKENS)))
+    return difference(rows, reference(on.eager, ids))
+
+
+def padded_batch() -> tuple[Tensor, Tensor]:
+    """Two texts of different length, the shorter one padded on the left."""
+    ids, mask = torch.tensor([random_ids(), random_ids(seed=1)]), torch.ones(2, NUM_TOKENS, dtype=torch.long)
+    ids[1, :PADDING], mask[1, :PADDING] = 0, 0
+    return ids, mask
+
+
+def padded_error(on: Bench) -> float:
+    ids, mask = padded_batch()
+    rows = on.backend.forward(ids, tap=tap_all(on, Span(0, NUM_TOKENS)), attention_mask=mask)
+    expected = reference(on.eager, ids, mask)
+    return max(difference(rows[0], expected[0]), difference(rows[1, :, PADDING:], expected[1, :, PADDING:]))
+
+
+def cached_error(on: Bench, chunk_tokens: int | None = None) -> float:
+    ids = random_ids()
+    prefix = on.backend.prefill(ids[:NUM_PREFIX], top_layer=on.top_layer, chunk_tokens=chunk_tokens)
+    rows = on.backend.forward(ids[NUM_PREFIX:], tap=tap_all(on, Span(NUM_PREFIX, NUM_TOKENS)), prefix=prefix)
+    return difference(rows, reference(on.eager, ids)[:, :, NUM_PREFIX:])
+
+
+def measure(architecture: Architecture) -> Measured:
+    on = bench(architecture)
+    layers = on.backend.attention_layers
+    heads = max(layer.num_heads for layer in layers.values())
+    kv_heads = max(layer.num_kv_heads for layer in layers.values())
+    cached = max(cached_error(on), cached_error(on, 5))
+    return Measured(architecture, len(layers), heads, kv_heads, plain_error(on), padded_error(on), cached)
+
+
+def as_markdown(table: Sequence[Measured]) -> str:
+    lines = ["| architecture | what is special | attention without cache | left padding | kept prefix |", "|---|---|--:|--:|--:|"]
+    for row in table:
+        errors = " | ".join(f"{error:.0e}" for error in (row.plain, row.padded, row.cached))
+        lines.append(f"| {row.architecture.name} | {row.architecture.special} | {errors} |")
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    text = as_markdown([measure(architecture) for architecture in SUPPORTED])
+    Path(sys.argv[1]).write_text(text, encoding="utf-8")
