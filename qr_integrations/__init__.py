@@ -20,7 +20,7 @@ _EXPORTS = {
     "Span": "qr_integrations.types",
 }
 
-__all__ = [  # noqa: F822 - the names are resolved lazily by __getattr__
+__all__ = [
     "Backend",
     "Document",
     "HeadSet",

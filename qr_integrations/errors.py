@@ -1,15 +1,15 @@
 """What can go wrong, drawn, then written. Every message ends with the cure.
 
-    QRError
-    ├── InputError (ValueError)          the caller's arguments
-    │   ├── WindowError                  more tokens than the model holds
-    │   └── HeadError                    heads that the model does not have
-    ├── ModelError (RuntimeError)        the model or its files
-    │   ├── LoadError                    wrong id, missing file, no space, no device
-    │   ├── UnsupportedModelError        a family whose attention cannot be read
-    │   ├── ClosedError                  used after close()
-    │   └── ScoreError                   the model computed NaN
-    └── MissingExtra (ImportError)       an optional dependency is not installed
+QRError
+├── InputError (ValueError)          the caller's arguments
+│   ├── WindowError                  more tokens than the model holds
+│   └── HeadError                    heads that the model does not have
+├── ModelError (RuntimeError)        the model or its files
+│   ├── LoadError                    wrong id, missing file, no space, no device
+│   ├── UnsupportedModelError        a family whose attention cannot be read
+│   ├── ClosedError                  used after close()
+│   └── ScoreError                   the model computed NaN
+└── MissingExtra (ImportError)       an optional dependency is not installed
 """
 
 

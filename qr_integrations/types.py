@@ -33,7 +33,10 @@ class Span:
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """A text to rank. `title` None leaves the title line out; `id` and `metadata` are the caller's and come back as given."""
+    """A text to rank; `title` None leaves the title line out.
+
+    `id` and `metadata` are the caller's and come back as given.
+    """
 
     text: str
     title: str | None = None
@@ -47,8 +50,8 @@ class ScoredDocument:
 
     Attributes:
         index: position in the list the caller passed; two equal documents stay two.
-        score: calibrated attention mass, a share of one query row's attention, no unit. May be negative: the query looked
-            less at this document than the null query did. Comparable within one window only.
+        score: calibrated attention mass, a share of one query row's attention, no unit. May be negative: the query
+            looked less at this document than the null query did. Comparable within one window only.
         document: what the caller passed, as a `Document`.
         num_tokens: tokens of the document in the prompt.
         num_tokens_cut: tokens left out to fit the window; 0 when the document was read whole.
@@ -74,7 +77,7 @@ class ScoredSpan:
 
 @dataclass(frozen=True, slots=True)
 class Ranking(Sequence[ScoredDocument]):
-    """Documents in the order of relevance, best first; ties keep the caller's order. It is a sequence of `ScoredDocument`."""
+    """A sequence of `ScoredDocument`, most relevant first; ties keep the caller's order."""
 
     query: str
     items: tuple[ScoredDocument, ...]

@@ -1,5 +1,6 @@
 """`Backend`: one loaded model, opened up. Everything else in the package stands on it."""
 
+import logging
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -13,11 +14,13 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from qr_integrations.backend.attention_tap import AttentionLayer, AttentionTap, run_tapped, survey_attention
+from qr_integrations.backend.continuation import try_continuations
 from qr_integrations.backend.families import ChatPieces, published_pieces, template_pieces
 from qr_integrations.backend.loading import load_model, resolve_device, resolve_dtype, resolve_name
-from qr_integrations.backend.prefix import Prefix, new_cache
+from qr_integrations.backend.prefix import Continuation, Prefix, new_cache
 from qr_integrations.errors import ClosedError, HeadError, InputError, ModelError
 
+_log = logging.getLogger(__name__)
 _AUTO_CHUNK = 2048  # tokens at a time where a kernel needs a mask of chunk x T or softmaxes in plain torch
 _registry: dict[tuple[Any, ...], "Backend"] = {}
 _registry_lock = threading.Lock()
@@ -36,6 +39,8 @@ class Backend:
         self._model: PreTrainedModel | None = model
         self.tokenizer = tokenizer
         self._lock = threading.RLock()
+        self._attention_layers: dict[int, AttentionLayer] | None = None
+        self._continuations: dict[int, Continuation] = {}
         self._key: tuple[Any, ...] | None = None
 
     @classmethod
@@ -72,7 +77,11 @@ class Backend:
             MissingExtra: `device_map` or `quantization` without its dependency.
         """
         device, name = resolve_device(device), resolve_name(name_or_path)
-        hub_kwargs = {"revision": revision, "local_files_only": local_files_only, "trust_remote_code": trust_remote_code}
+        hub_kwargs = {
+            "revision": revision,
+            "local_files_only": local_files_only,
+            "trust_remote_code": trust_remote_code,
+        }
         all_kwargs = {"dtype": resolve_dtype(dtype, device), **(model_kwargs or {})}
         if attn_implementation is not None:
             all_kwargs["attn_implementation"] = attn_implementation
@@ -80,7 +89,8 @@ class Backend:
         with _registry_lock:
             lock = _loading.setdefault(key, threading.Lock())
         with lock:  # two threads that ask for the same model load it once; other models load meanwhile
-            if key not in _registry:
+            backend = _registry.get(key)
+            if backend is None:
                 model, tokenizer = load_model(
                     name,
                     device=device,
@@ -89,15 +99,19 @@ class Backend:
                     hub_kwargs=hub_kwargs,
                     model_kwargs=all_kwargs,
                 )
-                _registry[key] = cls(model, tokenizer, name=str(name_or_path))
-                _registry[key]._key = key
-            return _registry[key]
+                backend = _registry[key] = cls(model, tokenizer, name=str(name_or_path))
+                backend._key = key
+            return backend
 
     def close(self) -> None:
-        """Let go of the weights; the next `load` with the same arguments loads afresh. Closing twice is fine."""
+        """Let go of the weights once the pass that is running has ended; closing twice is fine.
+
+        Threads that come later get a `ClosedError`. The next `load` with the same arguments loads afresh.
+        """
         with self._lock:
-            self._model = None
-            self.__dict__.pop("attention_layers", None)
+            self._model, self._attention_layers = None, None
+            self._continuations.clear()
+        with _registry_lock:
             if self._key is not None and _registry.get(self._key) is self:
                 del _registry[self._key]
         if torch.cuda.is_available():
@@ -123,7 +137,9 @@ class Backend:
     def decoder(self) -> nn.Module:
         """The stack of layers without the language-model head; the text half of a vision-language model."""
         decoder: nn.Module = self.model.get_decoder()
-        return decoder
+        if self.model.get_input_embeddings() in decoder.modules():
+            return decoder
+        return self.model.base_model  # where a family calls its language-model head `decoder`
 
     @property
     def device(self) -> torch.device:
@@ -141,20 +157,24 @@ class Backend:
         limit = getattr(self.config, "max_position_embeddings", None) or getattr(self.config, "n_positions", None)
         return int(limit) if limit else None
 
-    @cached_property
+    @property
     def attention_layers(self) -> dict[int, AttentionLayer]:
         """Layer -> what can be read there. In hybrids, only the attention layers.
 
         Raises:
             UnsupportedModelError: the family's attention cannot be read.
         """
-        with self.locked(), torch.no_grad():
-            ids = torch.zeros(1, 2, dtype=torch.long, device=self.device)
-            return survey_attention(self.decoder, lambda: self.decoder(input_ids=ids, use_cache=False))
+        layers = self._attention_layers
+        if layers is None:  # another thread may survey meanwhile; both find the same
+            with self.locked(), torch.no_grad():
+                ids = torch.zeros(1, 2, dtype=torch.long, device=self.device)
+                layers = survey_attention(self.decoder, lambda: self.decoder(input_ids=ids, use_cache=False))
+                self._attention_layers = layers
+        return layers
 
     @cached_property
     def chat(self) -> ChatPieces:
-        """What stands around a user's message: the published prompt for the published families, else the chat template."""
+        """What stands around a user's message: the published prompt for its families, else the chat template."""
         return published_pieces(self.config, self.tokenizer) or template_pieces(self.tokenizer)
 
     @contextmanager
@@ -173,9 +193,10 @@ class Backend:
         wrong = [(la, h) for la, h in heads if la not in layers or not 0 <= h < layers[la].num_heads]
         if wrong:
             shape = f"attention layers {_ranges(list(layers))} with {max(x.num_heads for x in layers.values())} heads"
+            named = ", ".join(map(str, wrong[:5])) + (" ..." if len(wrong) > 5 else "")
             raise HeadError(
-                f"{self.name!r} has no head {', '.join(map(str, wrong[:5]))}{' ...' if len(wrong) > 5 else ''}: it has {shape}, "
-                "counted from 0; pass heads of this model as (layer, head)"
+                f"{self.name!r} has no head {named}: it has {shape}, counted from 0; pass heads of this model as "
+                "(layer, head)"
             )
 
     def forward(
@@ -207,7 +228,10 @@ class Backend:
                 f"the prefix holds layers 0..{prefix.top_layer}, the tap reads layer {tap.top_layer}: prefill with "
                 "top_layer=tap.top_layer, and without attention_mask"
             )
-        cache = prefix.branch() if prefix else new_cache(self.config, tap.top_layer)
+        if prefix is not None and prefix.cache is None:
+            again = torch.tensor(prefix.token_ids, device=ids.device).expand(ids.shape[0], past)
+            ids, past = torch.cat([again, ids], dim=1), 0
+        cache = prefix.branch() if prefix else None
         with torch.set_grad_enabled(tap.differentiable and torch.is_grad_enabled()):
             rows = self._run(ids, cache, past, attention_mask, tap=tap, stop_after=tap.top_layer)
         assert rows is not None
@@ -228,20 +252,34 @@ class Backend:
             token_ids: the text, ``[T]``.
             top_layer: the deepest layer that will be tapped.
             reuse: an earlier prefix; its common beginning is not computed again.
-            chunk_tokens: tokens per pass; ``"auto"`` reads all at once where the kernel needs no mask, else 2048 at a time.
+            chunk_tokens: tokens per pass; ``"auto"`` reads all at once where the kernel needs no mask, else 2048 at a
+                time; None reads all at once.
         """
         self.check_heads([(top_layer, 0)])
         ids = self._batched(token_ids)
         reuse = _usable(reuse, token_ids, top_layer)
-        cache = reuse.growing() if reuse else new_cache(self.config, top_layer)
+        cache = reuse.growing() if reuse else new_cache(self.config, top_layer, self._continuation(top_layer))
+        if cache is None:
+            return Prefix(tuple(token_ids), top_layer, None)
         done = len(reuse) if reuse else 0
         step = (self._auto_chunk() if chunk_tokens == "auto" else chunk_tokens) or max(1, ids.shape[1])
         for start in range(done, ids.shape[1], step):
             self._run(ids[:, start : start + step], cache, start, None, tap=None, stop_after=top_layer)
         return Prefix(tuple(token_ids), top_layer, cache)
 
+    def _continuation(self, top_layer: int) -> Continuation:
+        """What a prefix that is read up to `top_layer` must keep, found out once per layer."""
+        with self.locked():
+            if top_layer not in self._continuations:
+                heads = tuple((top_layer, head) for head in range(self.attention_layers[top_layer].num_heads))
+                found = try_continuations(self._run, self.config, heads, device=self.device, dtype=self.model.dtype)
+                if found == "tokens":
+                    _log.warning("%s cannot continue from a cache: each pass reads its prefix again", self.name)
+                self._continuations[top_layer] = found
+            return self._continuations[top_layer]
+
     def _auto_chunk(self) -> int | None:
-        kernel = self.attention_layers[min(self.attention_layers)].module.config._attn_implementation
+        kernel = self.attention_layers[min(self.attention_layers)].kernel
         slides = getattr(self.config, "sliding_window", None) and "sliding_attention" in (
             getattr(self.config, "layer_types", None) or ["sliding_attention"]
         )
@@ -252,21 +290,28 @@ class Backend:
         return ids[None] if ids.dim() == 1 else ids
 
     def _run(
-        self, ids: Tensor, cache: DynamicCache, past: int, mask: Tensor | None, *, tap: AttentionTap | None, stop_after: int
+        self,
+        ids: Tensor,
+        cache: DynamicCache | None,
+        past: int,
+        mask: Tensor | None,
+        *,
+        tap: AttentionTap | None,
+        stop_after: int,
     ) -> Tensor | None:
         """One pass of the decoder under the lock, ended in `stop_after`."""
-        layers, decoder = self.attention_layers, self.decoder
         if mask is None:
             positions = torch.arange(past, past + ids.shape[1], device=ids.device)[None].expand(ids.shape)
         else:
             positions = (mask.long().cumsum(-1) - 1).clamp(min=0)
-        kwargs = {"input_ids": ids, "attention_mask": mask, "past_key_values": cache, "use_cache": True}
-
-        def run() -> None:
-            decoder(**kwargs, position_ids=positions)
-
-        modules = [layers[i].module for i in layers if i <= stop_after]
+        kwargs = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
         with self.locked(), _memory_advice(ids.shape[1], self.name):
+            layers, decoder = self.attention_layers, self.decoder
+            modules = [layers[i].module for i in layers if i <= stop_after]
+
+            def run() -> None:
+                decoder(**kwargs, past_key_values=cache, use_cache=cache is not None)
+
             return run_tapped(run, modules, tap=tap, stop_after=stop_after, past=past)
 
 
@@ -295,5 +340,3 @@ def _ranges(numbers: list[int]) -> str:
     if numbers == list(range(numbers[0], numbers[-1] + 1)):
         return f"{numbers[0]}..{numbers[-1]}"
     return ", ".join(map(str, numbers))
-
-

@@ -19,7 +19,7 @@ class ChatPieces:
         opening: text before the content, up to and including the user header.
         closing: text after the content, up to and including the assistant header.
         separator: between paragraphs.
-        add_special_tokens: whether the tokenizer must add its own (true where `opening` lacks the beginning-of-text token).
+        add_special_tokens: whether the tokenizer must add its own (where `opening` lacks the beginning-of-text token).
     """
 
     opening: str

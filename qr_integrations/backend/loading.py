@@ -19,7 +19,10 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 from qr_integrations.bundled import BUNDLED, bundled_path
 from qr_integrations.errors import LoadError, MissingExtra
 
-_QUANTIZATION = {"8bit": {"load_in_8bit": True}, "4bit": {"load_in_4bit": True, "bnb_4bit_compute_dtype": torch.bfloat16}}
+_QUANTIZATION: dict[str, dict[str, Any]] = {
+    "8bit": {"load_in_8bit": True},
+    "4bit": {"load_in_4bit": True, "bnb_4bit_compute_dtype": torch.bfloat16},
+}
 
 
 def resolve_name(name_or_path: str | Path) -> str:
@@ -60,7 +63,7 @@ def resolve_device(device: str) -> str:
 
 
 def resolve_dtype(dtype: str | torch.dtype, device: str) -> str | torch.dtype:
-    """``"auto"`` is the checkpoint's dtype on an accelerator and float32 on the CPU, where half precision is slow and coarse."""
+    """``"auto"`` is the checkpoint's dtype on an accelerator, and float32 on the CPU, where half precision is slow."""
     if isinstance(dtype, torch.dtype):
         return dtype
     if dtype == "auto":
@@ -76,7 +79,9 @@ def quantization_config(quantization: Any) -> Any:
     if not isinstance(quantization, str):
         return quantization
     if quantization not in _QUANTIZATION:
-        raise LoadError(f"unknown quantization {quantization!r}: pass '8bit', '4bit' or a transformers quantization config")
+        raise LoadError(
+            f"unknown quantization {quantization!r}: pass '8bit', '4bit' or a transformers quantization config"
+        )
     try:
         import bitsandbytes  # noqa: F401
     except ImportError as error:
@@ -107,7 +112,11 @@ def load_model(
         placement.setdefault("device_map", {"": device})
     try:
         config = AutoConfig.from_pretrained(name, **hub_kwargs)
-        auto = AutoModelForImageTextToText if type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING else AutoModelForCausalLM
+        auto = (
+            AutoModelForImageTextToText
+            if type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+            else AutoModelForCausalLM
+        )
         tokenizer = AutoTokenizer.from_pretrained(name, **hub_kwargs)
         model = auto.from_pretrained(name, use_safetensors=True, **placement, **hub_kwargs, **model_kwargs)
     except (OSError, ValueError, KeyError) as error:
@@ -134,10 +143,10 @@ def _explain(name: str, error: Exception) -> str:
     if Path(name).is_dir():
         here = ", ".join(sorted(p.name for p in Path(name).iterdir())[:12]) or "nothing"
         return (
-            f"the folder {name!r} cannot be loaded ({text}): it needs config.json, model.safetensors (or an index with its "
-            f"shards) and tokenizer.json, and holds {here}"
+            f"the folder {name!r} cannot be loaded ({text}): it needs config.json, model.safetensors (or an index with "
+            f"its shards) and tokenizer.json, and holds {here}"
         )
     return (
-        f"{name!r} cannot be loaded ({text}): check the id's spelling and that this machine may reach the hub, log in for a "
-        f"gated model (hf auth login), pass a local folder, or a bundled name ({', '.join(sorted(BUNDLED))})"
+        f"{name!r} cannot be loaded ({text}): check the id's spelling and that this machine may reach the hub, log in "
+        f"for a gated model (hf auth login), pass a local folder, or a bundled name ({', '.join(sorted(BUNDLED))})"
     )

@@ -4,18 +4,24 @@ Legend: B batch, G key/value heads, T tokens, D head width.
 """
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedConfig
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import DummyLayer, DynamicLayer, DynamicSlidingWindowLayer
+
+Continuation = Literal["keys", "values", "tokens"]
+"""What a prefix must keep at its top layer for a later pass to read right: keys, or values too; or only the tokens."""
 
 
 class _KeyLayer(DynamicLayer):
     """The top layer: its keys are read, its values never."""
+
+    keys: Tensor
+    values: Tensor
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         if not self.is_initialized:
@@ -26,7 +32,7 @@ class _KeyLayer(DynamicLayer):
 
 
 class _BorrowedLayer(DynamicLayer):
-    """Reads a prefix's keys and values and keeps nothing of what one further pass appends, so that branches cost no memory."""
+    """Reads a prefix's keys and values and keeps nothing of what one further pass appends: branches cost no memory."""
 
     def __init__(self, owner: DynamicLayer) -> None:
         super().__init__()
@@ -42,70 +48,89 @@ class _BorrowedLayer(DynamicLayer):
 class Prefix:
     """The cache of `token_ids`, up to `top_layer` and no further. Never changed once made; threads may share it.
 
-    Sliding-window layers keep all their keys: the window is in the mask, and a cropped prefix stays exact.
+    Sliding-window layers keep all their keys: the window is in the mask, and a cropped prefix stays exact. Where a
+    model cannot continue from a cache, `cache` is None and each pass reads the tokens again.
     """
 
     token_ids: tuple[int, ...]
     top_layer: int
-    cache: DynamicCache
+    cache: DynamicCache | None
 
     def __len__(self) -> int:
         return len(self.token_ids)
 
     @property
     def num_bytes(self) -> int:
-        """Memory of the kept keys and values."""
-        tensors = [t for layer in self.cache.layers for t in vars(layer).values() if isinstance(t, Tensor)]
+        """Memory of the kept keys, values and states."""
+        kept = [vars(layer) for layer in self._layers]
+        kept += [value for values in kept for value in values.values() if isinstance(value, dict)]  # recurrent states
+        tensors = [value for values in kept for value in values.values() if isinstance(value, Tensor)]
         return sum(t.numel() * t.element_size() for t in tensors)
 
     @property
     def can_crop(self) -> bool:
         """False for models with recurrent layers, whose state at an earlier token is gone."""
-        return all(isinstance(layer, DynamicLayer) for layer in self.cache.layers[: self.top_layer + 1])
+        return all(type(layer) in (*_PLAIN, DummyLayer) for layer in self._layers)
+
+    @property
+    def _layers(self) -> list[Any]:
+        return self.cache.layers if self.cache is not None else []
 
     def common_length(self, token_ids: Sequence[int]) -> int:
         """How many leading tokens `token_ids` shares with this prefix."""
         limit = min(len(self), len(token_ids))
         return next((i for i in range(limit) if self.token_ids[i] != token_ids[i]), limit)
 
-    def branch(self) -> DynamicCache:
+    def branch(self) -> DynamicCache | None:
         """A cache for one pass of further tokens, which leaves the prefix as it is."""
-        cache = DynamicCache()
-        cache.layers = [_borrow(layer) for layer in self.cache.layers[: self.top_layer + 1]]
-        return cache
+        return self._with(_borrow)
+
+    def growing(self) -> DynamicCache | None:
+        """A cache that starts with this prefix and keeps what is appended; this prefix itself stays as it is."""
+        return self._with(lambda layer: copy.copy(layer) if type(layer) in _PLAIN else copy.deepcopy(layer))
 
     def crop(self, num_tokens: int) -> "Prefix":
         """The first `num_tokens` tokens; shares memory with this one."""
         assert self.can_crop and num_tokens <= len(self)
-        layers = []
-        for layer in self.cache.layers[: self.top_layer + 1]:
-            shorter = copy.copy(layer)
-            shorter.keys = layer.keys[..., :num_tokens, :]
-            shorter.values = layer.values[..., :num_tokens, :]
-            layers.append(shorter)
-        cache = DynamicCache()
-        cache.layers = layers
+        cache = self._with(lambda layer: _cropped(layer, num_tokens))
         return Prefix(self.token_ids[:num_tokens], self.top_layer, cache)
 
-    def growing(self) -> DynamicCache:
-        """A cache that starts with this prefix and keeps what is appended; this prefix itself stays as it is."""
+    def _with(self, change: Callable[[Any], Any]) -> DynamicCache | None:
+        if self.cache is None:
+            return None
         cache = DynamicCache()
-        cache.layers = [copy.copy(x) if isinstance(x, DynamicLayer) else copy.deepcopy(x) for x in self.cache.layers]
+        cache.layers = [change(layer) for layer in self._layers]
         return cache
 
 
+_PLAIN = (
+    DynamicLayer,
+    _KeyLayer,
+)  # exact types: heirs carry recurrent states or further caches besides keys and values
+
+
 def _borrow(layer: Any) -> Any:
-    if type(layer) in (DynamicLayer, _KeyLayer):
+    if type(layer) in _PLAIN:
         return _BorrowedLayer(layer)
     return copy.deepcopy(layer)  # recurrent and convolution states are small, and are updated in place
 
 
-def new_cache(config: PreTrainedConfig, top_layer: int) -> DynamicCache:
-    """An empty cache for layers 0..top_layer: full layers for sliding ones, keys only at the top."""
+def _cropped(layer: Any, num_tokens: int) -> Any:
+    shorter = copy.copy(layer)
+    if type(layer) in _PLAIN:
+        shorter.keys = layer.keys[..., :num_tokens, :]
+        shorter.values = layer.values[..., :num_tokens, :]
+    return shorter
+
+
+def new_cache(config: PreTrainedConfig, top_layer: int, continuation: Continuation) -> DynamicCache | None:
+    """An empty cache for layers 0..top_layer: full layers for sliding ones, at the top what `continuation` asks for."""
+    if continuation == "tokens":
+        return None
     cache = DynamicCache(config=config)
     layers = cache.layers[: top_layer + 1] or [DynamicLayer() for _ in range(top_layer + 1)]
     layers = [DynamicLayer() if type(layer) is DynamicSlidingWindowLayer else layer for layer in layers]
-    if type(layers[top_layer]) is DynamicLayer:
+    if continuation == "keys" and type(layers[top_layer]) is DynamicLayer:
         layers[top_layer] = _KeyLayer()
     cache.layers = layers
     return cache

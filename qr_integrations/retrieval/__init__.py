@@ -1,6 +1,7 @@
 """Rank: a query and documents in, a `Ranking` out, by a model's own attention.
 
-To add a method, write ``x.py`` with a class that has ``rank(query, documents, top_k=None) -> Ranking``, its test, and a line here.
+To add a method, write ``x.py`` with a class that has ``rank(query, documents, top_k=None) -> Ranking``, its test, and a
+line here.
 """
 
 from qr_integrations.retrieval.heads import HeadSet

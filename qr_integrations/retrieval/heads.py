@@ -81,9 +81,13 @@ class HeadSet:
         try:
             return _from_json(json.loads(Path(path).read_text(encoding="utf-8")))
         except FileNotFoundError as error:
-            raise HeadError(f"no head set at {str(path)!r}: pass a JSON file written by HeadSet.save, or a list of heads") from error
+            raise HeadError(
+                f"no head set at {str(path)!r}: pass a JSON file written by HeadSet.save, or a list of heads"
+            ) from error
         except (ValueError, KeyError, TypeError) as error:
-            raise HeadError(f'{str(path)!r} is not a head set ({error}): it needs {{"heads": [[layer, head], ...]}}') from error
+            raise HeadError(
+                f'{str(path)!r} is not a head set ({error}): it needs {{"heads": [[layer, head], ...]}}'
+            ) from error
 
     def save(self, path: str | Path) -> None:
         """Write as JSON."""
@@ -107,14 +111,16 @@ class HeadSet:
         if not found:
             known = sorted({f"{s.model} ({s.detection_data})" for s in published_sets()})
             wanted = model if detection_data is None else f"{model} ({detection_data})"
-            raise HeadError(f"no heads are published for {wanted!r}: pass heads='all', a list or a file; published: {'; '.join(known)}")
+            raise HeadError(
+                f"no heads are known for {wanted!r}: pass heads='all', a list or a file; published: {'; '.join(known)}"
+            )
         return next((s for s in found if s.detection_data == "LME"), found[0])
 
     @classmethod
     def resolve(cls, heads: "HeadSet | str | Path | Iterable[Head]", backend: Backend) -> "HeadSet":
         """What the argument `heads` of the rerankers means, checked against the model.
 
-        ``"auto"``: the set shipped or published for this model. ``"all"``: every head. A path: a file. Else a list of pairs.
+        ``"auto"``: the set shipped or published for this model; ``"all"``: every head; a path: a file; else pairs.
 
         Raises:
             HeadError: no set is known for the model, or it has no such heads.

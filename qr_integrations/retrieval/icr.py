@@ -9,18 +9,18 @@ from qr_integrations.retrieval.layout import ANSWER, FIND, PromptStyle
 from qr_integrations.retrieval.reranker import AttentionReranker
 from qr_integrations.retrieval.windows import Overflow
 
-_INSTRUCTIONS = {"IE": FIND, "QA": ANSWER}
+STYLES = {"IE": PromptStyle(FIND, strip=True), "QA": PromptStyle(ANSWER, strip=True)}
 
 
 class ICRReranker(AttentionReranker):
     """Rank documents with all heads of a model (ICR, arXiv 2410.02642).
 
-    It is QRHead's road with every head, other white space, and for questions another instruction. All layers up to the last
-    attention run, so it is slower than `QRHeadReranker`; it needs no head set.
+    It is QRHead's road with every head, other white space, and for questions another instruction. All layers up to the
+    last attention run, so it is slower than `QRHeadReranker`; it needs no head set.
 
-    Where we differ from the authors' code (OSU-NLP-Group/In-Context-Reranking, 9117e9f): documents that end in white space are
-    stripped and ranked, where the published code stops with a counting error; all documents are ranked in one prompt, where
-    theirs slides a window of 20 over them.
+    Where we differ from the authors' code (OSU-NLP-Group/In-Context-Reranking, 9117e9f): documents that end in white
+    space are stripped and ranked, where the published code stops with a counting error; all documents are ranked in one
+    prompt, where theirs slides a window of 20 over them.
     """
 
     def __init__(
@@ -44,12 +44,12 @@ class ICRReranker(AttentionReranker):
             InputError: unknown `retrieval_type`.
             LoadError: the model cannot be loaded.
         """
-        if retrieval_type not in _INSTRUCTIONS:
+        if retrieval_type not in STYLES:
             raise InputError(f"unknown retrieval_type {retrieval_type!r}: pass 'IE' or 'QA'")
         super().__init__(
             model,
             "all",
-            PromptStyle(instruction=_INSTRUCTIONS[retrieval_type], strip=True),
+            STYLES[retrieval_type],
             calibrated=calibrated,
             overflow=overflow,
             max_doc_tokens=max_doc_tokens,

@@ -7,9 +7,9 @@ Everything before the instruction is `shared`: it does not depend on the query a
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
+from jaxtyping import Int
 
 from qr_integrations.backend import Backend
 from qr_integrations.types import Document, Span
@@ -17,6 +17,7 @@ from qr_integrations.types import Document, Span
 FIND = "Please find information that are relevant to the following query in the paragraphs above."
 ANSWER = "Please answer the following question based on the information in the paragraphs above."
 _INTRO = "Here are some paragraphs:"
+Offsets = Int[np.ndarray, "token 2"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,8 +27,8 @@ class PromptStyle:
     Attributes:
         instruction: the sentence between documents and query (`FIND`, or `ANSWER` as ICR has for questions).
         strip: remove white space around query and passages, as ICR's code does.
-        first_occurrence: place each document where its text first occurs in the prompt, as QRHead's code does: wrong for a
-            document whose text is quoted by an earlier one. Only for reproducing published numbers.
+        first_occurrence: place each document where its text first occurs in the prompt, as QRHead's code does: wrong
+            for a document whose text is quoted by an earlier one. Only for reproducing published numbers.
     """
 
     instruction: str = FIND
@@ -54,16 +55,18 @@ class PromptLayout:
     query: Span
     shared: Span
     text: str
-    offsets: np.ndarray[Any, Any] | None
+    offsets: Offsets | None
     texts: tuple[Span, ...]
 
     def __len__(self) -> int:
         return len(self.token_ids)
 
     @classmethod
-    def build(cls, backend: Backend, query: str, documents: Sequence[Document], style: PromptStyle = PromptStyle()) -> "PromptLayout":  # noqa: B008
+    def build(
+        cls, backend: Backend, query: str, documents: Sequence[Document], style: PromptStyle | None = None
+    ) -> "PromptLayout":
         """Write the prompt of `query` over `documents` for the model of `backend`."""
-        return PromptWriter(backend, style).write(query, documents)
+        return PromptWriter(backend, style or PromptStyle()).write(query, documents)
 
 
 class PromptWriter:
@@ -87,14 +90,16 @@ class PromptWriter:
         text = "".join(pieces)
         if self.style.first_occurrence:
             passages = [Span(found := text.index(text[p.slice()]), found + len(p)) for p in passages]
-        ids, offsets, spans = self._tokenize(pieces, text, [*passages, Span(position + len(self._chat.separator), len(text))])
+        ids, offsets, spans = self._tokenize(
+            pieces, text, [*passages, Span(position + len(self._chat.separator), len(text))]
+        )
         rows = Span(spans[-1].start, len(ids))
         return PromptLayout(tuple(ids), tuple(spans[:-1]), rows, Span(0, rows.start), text, offsets, tuple(texts))
 
     def rewrite(self, known: PromptLayout, query: str, documents: Sequence[Document]) -> PromptLayout:
         """The prompt of another query over the documents of `known`, without tokenizing the documents again.
 
-        The end of the prompt is tokenized alone if that gave the same tokens for the known query; otherwise this is `write`.
+        The end of the prompt is tokenized alone where that gave the same tokens for the known query.
         """
         start = known.offsets[known.query.start][0] if known.offsets is not None else None
         if start is None or tuple(self._encode(known.text[start:], False)[0]) != known.token_ids[known.query.slice()]:
@@ -124,14 +129,14 @@ class PromptWriter:
         query = query.strip() if self.style.strip else query
         return f"{self.style.instruction}{self._chat.separator}Query: {query}{self._chat.closing}"
 
-    def _encode(self, text: str, special: bool) -> tuple[list[int], np.ndarray[Any, Any] | None]:
+    def _encode(self, text: str, special: bool) -> tuple[list[int], Offsets | None]:
         fast = self._tokenizer.is_fast
         out = self._tokenizer(text, add_special_tokens=special, return_offsets_mapping=fast, verbose=False)
         return list(out["input_ids"]), np.asarray(out["offset_mapping"]).reshape(-1, 2) if fast else None
 
     def _tokenize(
         self, pieces: Sequence[str], text: str, chars: Sequence[Span]
-    ) -> tuple[list[int], np.ndarray[Any, Any] | None, list[Span]]:
+    ) -> tuple[list[int], Offsets | None, list[Span]]:
         """Token ids, offsets, and the token span of every character span."""
         special = self._chat.add_special_tokens
         ids, offsets = self._encode(text, special)
@@ -146,7 +151,7 @@ class PromptWriter:
         return ids, None, spans[2::2]
 
 
-def _token_span(offsets: np.ndarray[Any, Any], chars: Span) -> Span:
+def _token_span(offsets: Offsets, chars: Span) -> Span:
     """Tokens of a character span. A character in several tokens counts for its last one, as in the published code."""
     real = np.flatnonzero(offsets[:, 1] > offsets[:, 0])  # added special tokens stand at (0, 0)
     starts, stops = offsets[real, 0], offsets[real, 1]
@@ -167,4 +172,3 @@ def shorten(layout: PromptLayout, index: int, document: Document, max_tokens: in
     else:
         kept = int(layout.offsets[span.start + max(1, max_tokens) - 1][1]) - layout.texts[index].start
     return Document(document.text[: max(0, kept)], document.title, document.id, document.metadata)
-

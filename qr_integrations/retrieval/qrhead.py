@@ -15,13 +15,15 @@ class QRHeadReranker(AttentionReranker):
 
     Example:
         >>> from qr_integrations import QRHeadReranker
-        >>> ranking = QRHeadReranker("qr-mini").rank("who wrote dracula", ["Cats sleep.", "Dracula was written by Bram Stoker."])
-        >>> ranking[0].index
-        1
+        >>> reranker = QRHeadReranker("qr-mini")
+        >>> ranking = reranker.rank("who wrote dracula", ["Cats sleep.", "Dracula was written by Bram Stoker."])
+        >>> ranking[0].document.text
+        'Dracula was written by Bram Stoker.'
 
-    Where we differ from the authors' code (princeton-pli/QRHead, 7a668e7): layers above the deepest chosen head do not run;
-    a document's span is recorded while the prompt is written, not searched for (``first_occurrence=True`` searches); models
-    other than Llama 3 and Qwen 2 get their own chat template; scores are fp32 whatever the model's dtype.
+    Where we differ from the authors' code (princeton-pli/QRHead, 7a668e7): layers above the deepest chosen head do not
+    run; a document's span is recorded while the prompt is written, not searched for (``first_occurrence=True``
+    searches); models other than Llama 3 and Qwen 2 get their own chat template; scores are fp32 whatever the model's
+    dtype.
     """
 
     def __init__(
@@ -38,10 +40,11 @@ class QRHeadReranker(AttentionReranker):
     ) -> None:
         """Args:
         model: a `Backend`, or a name for `Backend.load`.
-        heads: ``"auto"`` (shipped or published for the model), ``"all"``, a `HeadSet`, a file, or ``(layer, head)`` pairs.
+        heads: ``"auto"`` (shipped or published for the model), ``"all"``, a `HeadSet`, a file, or ``(layer, head)``
+            pairs.
         calibrated: subtract the null query's attention (equation 3).
-        overflow: when documents exceed the window: ``"error"``, ``"head"`` cuts the longest at their ends until all fit,
-            ``"windows"`` ranks in several prompts and lets the best of each meet in a last one.
+        overflow: when documents exceed the window: ``"error"``, ``"head"`` cuts the longest at their ends until all
+            fit, ``"windows"`` ranks in several prompts and lets the best of each meet in a last one.
         max_doc_tokens: cut every document to this many tokens.
         max_tokens: window in tokens; None takes the model's own.
         keep_prefixes: how many lists of documents stay in memory for further queries; 0 keeps none.

@@ -55,7 +55,8 @@ class AttentionReranker:
 
         Args:
             query: what is asked.
-            documents: strings, `Document`s, or mappings with ``text`` and perhaps ``title``, ``id``, ``metadata``. Not changed.
+            documents: strings, `Document`s, or mappings with ``text`` and perhaps ``title``, ``id``, ``metadata``. Not
+                changed.
             top_k: return the best `top_k` only; None returns all. All are scored either way.
 
         Returns:
@@ -101,7 +102,7 @@ class AttentionReranker:
         return await asyncio.to_thread(self.rank_batch, queries, documents, top_k)
 
     def score_per_head(self, query: str, documents: Sequence[DocumentLike]) -> Float[Tensor, "K N"]:
-        """The score of every document by every head alone (equation 4, the detection path), documents in the given order.
+        """Score every document by every head alone (equation 4, the detection path), in the given order.
 
         Raises:
             WindowError: the documents do not fit into one window.
@@ -122,7 +123,9 @@ class AttentionReranker:
         """
         given = as_documents(documents)
         if not 0 <= index < len(given):
-            raise InputError(f"there is no document #{index} among {len(given)}: pass ScoredDocument.index of a ranking")
+            raise InputError(
+                f"there is no document #{index} among {len(given)}: pass ScoredDocument.index of a ranking"
+            )
         _check_query(query, None)
         window = next(w for w in self._fit(query, given, self.overflow) if any(c.index == index for c in w))
         layout, scores_KT = self._scorer.score(query, [candidate.read for candidate in window])
@@ -159,7 +162,8 @@ class AttentionReranker:
         candidates = {candidate.index: candidate for window in windows for candidate in window}
         heats = [self._score(query, window, number) for number, window in enumerate(windows)]
         places = sorted(
-            ((place, -item.score, item) for heat in heats for place, item in enumerate(heat)), key=lambda entry: entry[:2]
+            ((place, -item.score, item) for heat in heats for place, item in enumerate(heat)),
+            key=lambda entry: entry[:2],
         )
         in_turn = [item for _, _, item in places]
         room = max(sum(candidate.num_tokens for candidate in window) for window in windows)
@@ -168,7 +172,9 @@ class AttentionReranker:
             if sum(other.num_tokens for other in final) + item.num_tokens > room:
                 break
             final.append(item)
-        met = self._score(query, [candidates[item.index] for item in sorted(final, key=lambda i: i.index)], len(windows))
+        met = self._score(
+            query, [candidates[item.index] for item in sorted(final, key=lambda i: i.index)], len(windows)
+        )
         return met + in_turn[len(final) :]
 
 
@@ -191,7 +197,9 @@ def _as_document(index: int, document: DocumentLike) -> Document:
         document = Document(document)
     text, title = getattr(document, "text", None), getattr(document, "title", None)
     if not isinstance(document, Document) or not isinstance(text, str) or not isinstance(title, str | None):
-        raise InputError(f"document #{index} has no text: pass a string, a Document, or a mapping with 'text' (and 'title')")
+        raise InputError(
+            f"document #{index} has no text: pass a string, a Document, or a mapping with 'text' (and 'title')"
+        )
     return document
 
 

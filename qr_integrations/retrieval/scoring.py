@@ -26,9 +26,10 @@ def calibrate(query_KT: Float[Tensor, "K T1"], null_KT: Float[Tensor, "K T2"]) -
 
 
 def drop_outliers(scores_KT: Float[Tensor, "K T"], num_std: float = 2.0) -> Float[Tensor, "K T"]:
-    """Zero out the tokens of one document that lie at or below mean - `num_std` standard deviations (n - 1), row by row.
+    """Zero out one document's tokens at or below mean - `num_std` standard deviations (n - 1), row by row.
 
-    Calibration leaves single tokens far below zero, which the null query likes. One token alone has no deviation and stays.
+    Calibration leaves single tokens far below zero, which the null query likes. One token alone has no deviation and
+    stays.
     """
     if scores_KT.shape[-1] < 2:
         return scores_KT
@@ -41,7 +42,7 @@ def score_documents(
 ) -> Float[Tensor, "N"]:
     """One score per document from calibrated token scores.
 
-    `order="sum_then_filter"` is the official ranking path (heads are summed, then outliers dropped), ``"filter_then_sum"``
+    ``"sum_then_filter"`` is the official ranking path (heads are summed, then outliers dropped), ``"filter_then_sum"``
     sums the per-head scores of the detection path; the two are not equal.
 
     Raises:

@@ -31,13 +31,15 @@ class _Known:
 
 
 class TokenScorer:
-    """Scores the tokens of documents for a query: attention from the query's rows minus attention from the null query's.
+    """Scores the tokens of documents for a query: the query's attention minus the null query's.
 
-    The keys and values of the documents, and the null query's scores, are kept for the last `keep_prefixes` lists, so that
-    another query over the same documents costs its own tokens only. Safe to share between threads.
+    The keys and values of the documents, and the null query's scores, are kept for the last `keep_prefixes` lists, so
+    that another query over the same documents costs its own tokens only. Safe to share between threads.
     """
 
-    def __init__(self, backend: Backend, heads: HeadSet, style: PromptStyle, *, calibrated: bool, keep_prefixes: int) -> None:
+    def __init__(
+        self, backend: Backend, heads: HeadSet, style: PromptStyle, *, calibrated: bool, keep_prefixes: int
+    ) -> None:
         self.backend, self.heads, self.calibrated = backend, heads, calibrated
         self._writer = PromptWriter(backend, style)
         self._keep = keep_prefixes

@@ -27,7 +27,7 @@ def fair_cap(lengths: Sequence[int], budget: int) -> int:
 
 
 def pack(lengths: Sequence[int], budget: int) -> list[list[int]]:
-    """Consecutive documents into as few windows as they need, filled evenly; a document longer than `budget` stands alone."""
+    """Consecutive documents into as few windows as they need, filled evenly; one longer than `budget` stands alone."""
     num_windows = _fill(lengths, budget, budget)
     low, high = max(1, sum(lengths) // max(1, len(num_windows))), budget
     while low < high:  # the smallest fill that needs no further window: the last one is not left almost empty
@@ -96,7 +96,7 @@ def fit(
     cap = fair_cap(lengths, room) if overflow == "head" else room // _PER_WINDOW
     if cap < _LEAST:
         raise WindowError(
-            f"{_arithmetic(layout, max_tokens)}; cutting alone cannot help: {max(0, cap)} tokens would be left per document, "
+            f"{_arithmetic(layout, max_tokens)}; cutting cannot help: {max(0, cap)} tokens would be left per document, "
             f"at least {_LEAST} are needed: pass overflow='windows', fewer documents or a shorter query"
         )
     candidates = _cut(documents, layout_of(documents), min(cap, max_doc_tokens or cap))
@@ -119,7 +119,7 @@ def _arithmetic(layout: PromptLayout, max_tokens: int) -> str:
     lengths = [len(span) for span in layout.documents]
     longest = max(range(len(lengths)), key=lengths.__getitem__)
     return (
-        f"the prompt needs {len(layout):,} tokens ({len(lengths)} documents, longest #{longest} with {lengths[longest]:,}; query "
-        f"and instruction {len(layout.query):,}), the model holds {max_tokens:,}: pass overflow='head' to cut documents, "
-        "overflow='windows' for several prompts, or max_doc_tokens=..."
+        f"the prompt needs {len(layout):,} tokens ({len(lengths)} documents, longest #{longest} with "
+        f"{lengths[longest]:,}; query and instruction {len(layout.query):,}), the model holds {max_tokens:,}: pass "
+        "overflow='head' to cut documents, overflow='windows' for several prompts, or max_doc_tokens=..."
     )

@@ -4,6 +4,8 @@
 """
 
 import copy
+import inspect
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,16 +14,18 @@ from pathlib import Path
 
 import torch
 import transformers
-from qr_integrations.backend import AttentionTap, Backend
-from qr_integrations.types import Span
 from tokenizers import Tokenizer, models
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from tests.backend.architectures import COMMON, SUPPORTED, VOCAB, Architecture
+from qr_integrations.backend import AttentionTap, Backend
+from qr_integrations.types import Span
+from tests.backend.architectures import SUPPORTED, VOCAB, Architecture
 
 NUM_TOKENS, NUM_PREFIX, PADDING = 24, 13, 5  # all longer than the sliding windows, but for the padding
 RECURRENT = ("A_log", "dt_bias", ".D", "conv", "dt_proj", "x_proj", "lambda", "recurrent_param", "decay")
+
+QUERY_KEY_NORM = re.compile(r"(^|[._])(q|k|query|key)_?(layer)?norm")
 
 
 @dataclass(frozen=True)
@@ -61,20 +65,24 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
 
 def random_model(architecture: Architecture, kernel: str | None = None) -> PreTrainedModel:
     """Weights so spread out that attention is far from uniform and every norm, bias and sink matters."""
-    config = getattr(transformers, architecture.config)(**{**COMMON, **architecture.kwargs})
-    extra = {} if kernel is None else {"attn_implementation": kernel}
-    model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32, **extra).eval()
-    generator = torch.Generator().manual_seed(7)
+    config = getattr(transformers, architecture.config)(**architecture.kwargs)
+    torch.manual_seed(7)
+    auto = getattr(transformers, architecture.auto)
+    model: PreTrainedModel = auto.from_config(config, dtype=torch.float32, attn_implementation=kernel).eval()
     with torch.no_grad():
         for name, weight in model.named_parameters():
-            if any(part in name for part in RECURRENT):
-                continue
-            noise = torch.randn(weight.shape, generator=generator)
-            if weight.dim() > 1:
-                weight.copy_(0.3 * noise)
-            else:
-                weight.add_((1.0 if "sink" in name else 0.3) * noise)
+            if not any(part in name for part in RECURRENT):
+                spread(name, weight)
     return model
+
+
+def spread(name: str, weight: Tensor) -> None:
+    if weight.dim() > 1 and "norm" not in name:
+        weight.normal_(std=0.25)
+    else:
+        weight.add_(torch.randn_like(weight), alpha=1.0 if "sink" in name else 0.3)
+    if QUERY_KEY_NORM.search(name):
+        weight.mul_(1.2)  # or normed queries and keys would look everywhere alike
 
 
 @lru_cache(maxsize=4)
@@ -103,8 +111,6 @@ def reference(model: PreTrainedModel, ids: Sequence[int] | Tensor, mask: Tensor 
 
 
 def takes_positions(model: PreTrainedModel) -> bool:
-    import inspect
-
     return "position_ids" in inspect.signature(model.forward).parameters
 
 
@@ -155,7 +161,10 @@ def measure(architecture: Architecture) -> Measured:
 
 
 def as_markdown(table: Sequence[Measured]) -> str:
-    lines = ["| architecture | what is special | attention without cache | left padding | kept prefix |", "|---|---|--:|--:|--:|"]
+    lines = [
+        "| architecture | what is special | attention without cache | left padding | kept prefix |",
+        "|---|---|--:|--:|--:|",
+    ]
     for row in table:
         errors = " | ".join(f"{error:.0e}" for error in (row.plain, row.padded, row.cached))
         lines.append(f"| {row.architecture.name} | {row.architecture.special} | {errors} |")
