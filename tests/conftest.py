@@ -104,6 +104,16 @@ def qr_mini() -> "Backend":
     return Backend.load("qr-mini")
 
 
+@pytest.fixture
+def unchecked() -> Iterator[None]:
+    """Call the package as a user does, without shape and type checks: for input of the wrong type."""
+    from jaxtyping import config
+
+    config.update("jaxtyping_disable", True)
+    yield
+    config.update("jaxtyping_disable", False)
+
+
 @pytest.fixture(scope="session")
 def weights_name() -> str:
     """For tests marked `weights`: the folder or hub id in QR_TEST_WEIGHTS."""

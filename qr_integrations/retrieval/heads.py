@@ -62,7 +62,7 @@ class HeadSet:
     @classmethod
     def of(cls, heads: Iterable[Iterable[int]], **provenance: str) -> "HeadSet":
         """From any iterable of pairs."""
-        return cls(tuple((int(layer), int(head)) for layer, head in heads), **provenance)
+        return cls(tuple(tuple(int(n) for n in head) for head in heads), **provenance)  # type: ignore[misc]
 
     @classmethod
     def all(cls, backend: Backend) -> "HeadSet":

@@ -59,7 +59,6 @@ def score_documents_per_head(scores_KT: Float[Tensor, "K T"], documents: Sequenc
     Raises:
         ScoreError: the scores are not finite.
     """
-    scores_KN = torch.stack([drop_outliers(scores_KT[:, span.slice()]).sum(-1) for span in documents], dim=-1)
-    if not torch.isfinite(scores_KN).all():
+    if not torch.isfinite(scores_KT).all():  # before the filter, which NaN would pass for an outlier
         raise ScoreError("the model computed NaN or infinite attention: load it with dtype='bfloat16' or 'float32'")
-    return scores_KN
+    return torch.stack([drop_outliers(scores_KT[:, span.slice()]).sum(-1) for span in documents], dim=-1)

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 import transformers
 from tokenizers import Tokenizer, models
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from qr_integrations.backend import AttentionTap, Backend
@@ -47,15 +47,15 @@ class Bench:
 
 @dataclass(frozen=True)
 class Measured:
-    """A line of the table: largest difference of any attention weight."""
+    """A line of the table: the largest difference of any attention weight, without cache, padded, on a kept prefix."""
 
     architecture: Architecture
-    num_layers: int
-    num_heads: int
-    num_kv_heads: int
+    layers: str
+    heads: str
     plain: float
-    padded: float
+    padded: float | None
     cached: float
+    prefix: str
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
@@ -153,24 +153,52 @@ def cached_error(on: Bench, chunk_tokens: int | None = None) -> float:
 
 def measure(architecture: Architecture) -> Measured:
     on = bench(architecture)
-    layers = on.backend.attention_layers
-    heads = max(layer.num_heads for layer in layers.values())
-    kv_heads = max(layer.num_kv_heads for layer in layers.values())
-    cached = max(cached_error(on), cached_error(on, 5))
-    return Measured(architecture, len(layers), heads, kv_heads, plain_error(on), padded_error(on), cached)
+    layers = list(on.backend.attention_layers.values())
+    return Measured(
+        architecture,
+        f"{len(layers)} of {len(decoder_layers(on.backend))}",
+        f"{max(layer.num_heads for layer in layers)} / {max(layer.num_kv_heads for layer in layers)}",
+        plain_error(on),
+        padded_error(on) if architecture.left_padding else None,
+        max(cached_error(on), cached_error(on, 5)),
+        "read again" if on.backend.prefill(random_ids(), top_layer=on.top_layer).cache is None else "continued",
+    )
+
+
+def decoder_layers(backend: Backend) -> nn.ModuleList:
+    """The stack of layers, whatever the family calls it."""
+    depth = backend.config.num_hidden_layers
+    return next(m for m in backend.decoder.modules() if isinstance(m, nn.ModuleList) and len(m) == depth)
+
+
+def cells(row: Measured) -> list[str]:
+    errors = ["—" if error is None else f"{error:.0e}" for error in (row.plain, row.padded, row.cached)]
+    return [row.architecture.name, row.architecture.special, row.layers, row.heads, *errors, row.prefix]
+
+
+HEADER = [
+    "architecture",
+    "what is special",
+    "attention layers",
+    "heads / kv",
+    "plain",
+    "left padding",
+    "prefix",
+    "kept",
+]
 
 
 def as_markdown(table: Sequence[Measured]) -> str:
-    lines = [
-        "| architecture | what is special | attention without cache | left padding | kept prefix |",
-        "|---|---|--:|--:|--:|",
-    ]
-    for row in table:
-        errors = " | ".join(f"{error:.0e}" for error in (row.plain, row.padded, row.cached))
-        lines.append(f"| {row.architecture.name} | {row.architecture.special} | {errors} |")
-    return "\n".join(lines) + "\n"
+    """The README's table: largest difference of any attention weight from eager attention, fp32."""
+    lines = [HEADER, ["---"] * len(HEADER), *map(cells, table)]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def as_text(table: Sequence[Measured]) -> str:
+    lines = [HEADER, *map(cells, table)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join("  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() for line in lines)
 
 
 if __name__ == "__main__":
-    text = as_markdown([measure(architecture) for architecture in SUPPORTED])
-    Path(sys.argv[1]).write_text(text, encoding="utf-8")
+    Path(sys.argv[1]).write_text(as_markdown([measure(architecture) for architecture in SUPPORTED]), encoding="utf-8")
