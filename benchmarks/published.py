@@ -5,15 +5,15 @@ score_per_token_attention_to_query, _get_attn_weights), ``custom_cache.py`` and 
 (the attention's forward, LlamaForCausalLM.forward). What it does, and so do we here:
 
 - one forward pass of all layers over the whole prompt with a cache; of every layer the query rows' query vectors are
-  kept (gathered by a list of indices) next to all keys and values; the call asks for no logits (``compute_logits=False``);
-- afterwards, layer by layer and for all heads whatever the head set, the keys are repeated to the number of query heads,
-  multiplied with the kept queries, softmaxed in the model's dtype and averaged over the rows;
+  kept (gathered by a list of indices) next to all keys and values; no logits (the call says ``compute_logits=False``);
+- afterwards, layer by layer and for all heads whatever the head set, the keys are repeated to the number of query
+  heads, multiplied with the kept queries, softmaxed in the model's dtype and averaged over the rows;
 - the cache is cut to the documents and the null prompt's end runs on it, again through all layers and heads;
 - both prompts are tokenized with offsets for the spans, and once more each for the forward pass;
 - subtraction, choice of heads, sum, outlier rule document by document.
 
-Kinder than the published code: one causal mask for all heads and layers instead of one per head and layer; a fused softmax;
-no dictionary of every character's token; no memory kept across calls. Stock sdpa stands in for flash-attention 2.
+Kinder than the published code: one causal mask for all heads and layers instead of one per head and layer; a fused
+softmax; no dictionary of every character's token. Stock sdpa stands in for flash-attention 2.
 """
 
 from collections.abc import Sequence

@@ -19,13 +19,14 @@ from qr_integrations.types import Document
 NUM_HEADS = 16  # as many as the published sets hold
 _PASSAGE_WORDS = 120  # about 150 tokens
 _SPREAD = 4.0  # random queries are scaled by this: rows of attention as uneven as a trained model's, not flat
-_WORDS = (
-    "the of and to in a is that for it was on as with by he at from his be were are which this an had not have one "
-    "but also they been their has its who first two new more other when there can time these after only some year "
-    "world city river war school state house station music season team film game south north early later system "
-    "company party family history national known called used made part number several between under during against "
-    "through century population government university language island church member service building series record"
-).split()
+_TEXT = """
+the of and to in a is that for it was on as with by he at from his be were are which this an had not have one
+but also they been their has its who first two new more other when there can time these after only some year
+world city river war school state house station music season team film game south north early later system
+company party family history national known called used made part number several between under during against
+through century population government university language island church member service building series record
+"""
+_WORDS = _TEXT.split()
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -17,8 +18,8 @@ from qr_integrations.backend.attention_tap import AttentionLayer, AttentionTap, 
 from qr_integrations.backend.continuation import try_continuations
 from qr_integrations.backend.families import ChatPieces, published_pieces, template_pieces
 from qr_integrations.backend.loading import load_model, resolve_device, resolve_dtype, resolve_name
-from qr_integrations.backend.prefix import Continuation, Prefix, new_cache
-from qr_integrations.errors import ClosedError, HeadError, InputError, ModelError
+from qr_integrations.backend.prefix import Continuation, Prefix, new_cache, read_prefix
+from qr_integrations.errors import ClosedError, HeadError, InputError, LoadError, ModelError
 
 _log = logging.getLogger(__name__)
 _AUTO_CHUNK = 2048  # tokens at a time where a kernel needs a mask of chunk x T or softmaxes in plain torch
@@ -144,7 +145,9 @@ class Backend:
     @property
     def device(self) -> torch.device:
         """Where token ids go in."""
-        return self.model.get_input_embeddings().weight.device
+        embeddings = self.model.get_input_embeddings()
+        device: torch.device = embeddings.weight.device
+        return torch.device(embeddings._hf_hook.execution_device) if device.type == "meta" else device  # offloaded
 
     @property
     def config(self) -> Any:
@@ -228,6 +231,10 @@ class Backend:
                 f"the prefix holds layers 0..{prefix.top_layer}, the tap reads layer {tap.top_layer}: prefill with "
                 "top_layer=tap.top_layer, and without attention_mask"
             )
+        if prefix is not None and len(ids) > 1 and not prefix.can_crop:
+            raise InputError(
+                "the recurrent layers of this model go on with one text at a time: pass one row of token_ids"
+            )
         if prefix is not None and prefix.cache is None:
             again = torch.tensor(prefix.token_ids, device=ids.device).expand(ids.shape[0], past)
             ids, past = torch.cat([again, ids], dim=1), 0
@@ -266,6 +273,23 @@ class Backend:
         for start in range(done, ids.shape[1], step):
             self._run(ids[:, start : start + step], cache, start, None, tap=None, stop_after=top_layer)
         return Prefix(tuple(token_ids), top_layer, cache)
+
+    def load_prefix(self, path: str | Path) -> Prefix:
+        """Read what `Prefix.save` wrote, and try on a few tokens that it is this model's.
+
+        Raises:
+            LoadError: no such file, not a prefix, or another model's.
+        """
+        try:
+            prefix = read_prefix(path, self.config, self.device)
+            sample = self.prefill(prefix.token_ids[:8], top_layer=prefix.top_layer)
+        except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+            raise LoadError(
+                f"no prefix of {self.name!r} in {str(path)!r} ({error}): prefill and save it again"
+            ) from error
+        if not prefix.is_of(sample):
+            raise LoadError(f"{str(path)!r} holds another model's prefix: load it with that model, or prefill it again")
+        return prefix
 
     def _continuation(self, top_layer: int) -> Continuation:
         """What a prefix that is read up to `top_layer` must keep, found out once per layer."""

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -15,6 +16,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+from transformers.utils import logging as transformers_logging
 
 from qr_integrations.bundled import BUNDLED, bundled_path
 from qr_integrations.errors import LoadError, MissingExtra
@@ -119,7 +121,7 @@ def load_model(
         )
         tokenizer = AutoTokenizer.from_pretrained(name, **hub_kwargs)
         model = auto.from_pretrained(name, use_safetensors=True, **placement, **hub_kwargs, **model_kwargs)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise LoadError(_explain(name, error)) from error
     if not placement:
         model = model.to(device)
@@ -150,3 +152,8 @@ def _explain(name: str, error: Exception) -> str:
         f"{name!r} cannot be loaded ({text}): check the id's spelling and that this machine may reach the hub, log in "
         f"for a gated model (hf auth login), pass a local folder, or a bundled name ({', '.join(sorted(BUNDLED))})"
     )
+
+
+def hide_progress_bars() -> None:
+    """No progress bars of transformers from here on, for this process: they are noise in a log."""
+    transformers_logging.disable_progress_bar()

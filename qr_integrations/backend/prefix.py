@@ -4,14 +4,20 @@ Legend: B batch, G key/value heads, T tokens, D head width.
 """
 
 import copy
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedConfig
 from transformers.cache_utils import DummyLayer, DynamicLayer, DynamicSlidingWindowLayer
+
+from qr_integrations.errors import UnsupportedModelError
 
 Continuation = Literal["keys", "values", "tokens"]
 """What a prefix must keep at its top layer for a later pass to read right: keys, or values too; or only the tokens."""
@@ -40,8 +46,12 @@ class _BorrowedLayer(DynamicLayer):
         self.keys_only = isinstance(owner, _KeyLayer)
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        keys = torch.cat([self.keys, key_states], dim=-2)
-        return keys, value_states if self.keys_only else torch.cat([self.values, value_states], dim=-2)
+        keys = _append(self.keys, key_states)
+        return keys, value_states if self.keys_only else _append(self.values, value_states)
+
+
+def _append(kept: Tensor, new: Tensor) -> Tensor:
+    return torch.cat([kept.expand(len(new), -1, -1, -1), new], dim=-2)  # one prefix, perhaps many continuations
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +82,17 @@ class Prefix:
         """False for models with recurrent layers, whose state at an earlier token is gone."""
         return all(type(layer) in (*_PLAIN, DummyLayer) for layer in self._layers)
 
+    def is_of(self, other: "Prefix") -> bool:
+        """Whether the model that made `other`, a prefix of the first few of these tokens, made this one too."""
+        if self.top_layer != other.top_layer or len(self._layers) != len(other._layers):
+            return False
+        for mine, its in zip(self._layers, other._layers, strict=True):
+            if type(mine) in _PLAIN:
+                keys = mine.keys[..., : len(other), :].float()
+                if keys.shape != its.keys.shape or (keys - its.keys.float()).abs().mean() > 0.05 * keys.abs().mean():
+                    return False
+        return True
+
     @property
     def _layers(self) -> list[Any]:
         return self.cache.layers if self.cache is not None else []
@@ -94,6 +115,21 @@ class Prefix:
         assert self.can_crop and num_tokens <= len(self)
         cache = self._with(lambda layer: _cropped(layer, num_tokens))
         return Prefix(self.token_ids[:num_tokens], self.top_layer, cache)
+
+    def save(self, path: str | Path) -> None:
+        """Write the prefix to a safetensors file, to be read by `Backend.load_prefix`.
+
+        Raises:
+            UnsupportedModelError: it holds the states of recurrent layers.
+        """
+        if not self.can_crop:
+            raise UnsupportedModelError(
+                "states of recurrent layers cannot be saved: keep the text, and prefill it again"
+            )
+        parts = {f"{i}.keys": layer.keys for i, layer in enumerate(self._layers) if type(layer) in _PLAIN}
+        parts |= {f"{i}.values": layer.values for i, layer in enumerate(self._layers) if type(layer) is DynamicLayer}
+        metadata = {"token_ids": json.dumps(self.token_ids), "top_layer": str(self.top_layer)}
+        save_file({name: tensor.contiguous() for name, tensor in parts.items()}, path, metadata)
 
     def _with(self, change: Callable[[Any], Any]) -> DynamicCache | None:
         if self.cache is None:
@@ -121,6 +157,21 @@ def _cropped(layer: Any, num_tokens: int) -> Any:
         shorter.keys = layer.keys[..., :num_tokens, :]
         shorter.values = layer.values[..., :num_tokens, :]
     return shorter
+
+
+def read_prefix(path: str | Path, config: PreTrainedConfig, device: torch.device) -> Prefix:
+    """What `Prefix.save` wrote. All layers go to `device`."""
+    with safe_open(path, "pt", device=str(device)) as file:
+        metadata, parts = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    top_layer = int(metadata["top_layer"])
+    continuation: Continuation = ("values" if f"{top_layer}.values" in parts else "keys") if parts else "tokens"
+    cache = new_cache(config, top_layer, continuation)
+    for i, layer in enumerate(cache.layers if cache is not None else []):
+        if f"{i}.keys" in parts:
+            keys = parts[f"{i}.keys"]
+            layer.keys, layer.values, layer.is_initialized = keys, parts.get(f"{i}.values", keys[..., :0]), True
+            layer.dtype, layer.device = keys.dtype, keys.device
+    return Prefix(tuple(json.loads(metadata["token_ids"])), top_layer, cache)
 
 
 def new_cache(config: PreTrainedConfig, top_layer: int, continuation: Continuation) -> DynamicCache | None:

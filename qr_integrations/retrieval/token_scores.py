@@ -18,6 +18,7 @@ from qr_integrations.retrieval.scoring import calibrate
 from qr_integrations.types import Document
 
 NULL_QUERY = "N/A"
+_KEEP_LAYOUTS = 4
 
 
 @dataclass(slots=True)
@@ -60,12 +61,13 @@ class TokenScorer:
         known = self._recall(documents)
         layout = self._layout(known, query)
         with self._lock:  # of several threads with the same documents, one reads them
-            known.prefix = self.backend.prefill(
-                layout.token_ids[layout.shared.slice()], top_layer=self.heads.top_layer, reuse=known.prefix
-            )
+            shared = layout.token_ids[layout.shared.slice()]
+            if known.prefix is None or known.prefix.token_ids != shared:
+                known.prefix = self.backend.prefill(shared, top_layer=self.heads.top_layer)
             if self.calibrated and per_head not in known.null:
                 known.null[per_head] = self._attention(known.layout, known.prefix, per_head)
             prefix = known.prefix
+            self._trim()
         scores_KT = self._attention(layout, prefix, per_head)
         return layout, calibrate(scores_KT, known.null[per_head]) if self.calibrated else scores_KT
 
@@ -90,7 +92,13 @@ class TokenScorer:
         if known is None:
             known = _Known(tuple(documents), self._writer.write(NULL_QUERY, documents))
         with self._lock:
-            self._known[key] = known
-            while len(self._known) > self._keep:
-                self._known.popitem(last=False)
+            self._known[key] = known  # now the latest
+            self._trim()
         return known
+
+    def _trim(self) -> None:
+        """Drop the oldest lists beyond what may be kept. Lists that were only laid out, not read, count apart."""
+        for is_read, limit in ((True, self._keep), (False, _KEEP_LAYOUTS)):
+            keys = [key for key, known in self._known.items() if (known.prefix is not None) == is_read]
+            for key in keys[: max(0, len(keys) - limit)]:
+                del self._known[key]

@@ -89,15 +89,18 @@ def fit(
     if max_tokens is None or len(layout) <= max_tokens:
         return [candidates]
     if overflow == "error":
-        raise WindowError(_arithmetic(layout, max_tokens))
+        raise WindowError(
+            f"{_arithmetic(layout, max_tokens)}: pass overflow='head' to cut documents, overflow='windows' for several "
+            "prompts, or max_doc_tokens=..."
+        )
     lengths = [len(span) for span in layout.documents]
     tail = -(-len(layout.query) // _TAIL_STEP) * _TAIL_STEP
     room = max_tokens - tail - (len(layout.shared) - sum(lengths)) - _MARGIN * len(documents)
     cap = fair_cap(lengths, room) if overflow == "head" else room // _PER_WINDOW
     if cap < _LEAST:
         raise WindowError(
-            f"{_arithmetic(layout, max_tokens)}; cutting cannot help: {max(0, cap)} tokens would be left per document, "
-            f"at least {_LEAST} are needed: pass overflow='windows', fewer documents or a shorter query"
+            f"{_arithmetic(layout, max_tokens)}, which leaves {max(0, cap)} per document; fewer than {_LEAST} are not worth "
+            "reading: pass fewer documents, a shorter query, or overflow='windows'"
         )
     candidates = _cut(documents, layout_of(documents), min(cap, max_doc_tokens or cap))
     if overflow == "head":
@@ -120,6 +123,5 @@ def _arithmetic(layout: PromptLayout, max_tokens: int) -> str:
     longest = max(range(len(lengths)), key=lengths.__getitem__)
     return (
         f"the prompt needs {len(layout):,} tokens ({len(lengths)} documents, longest #{longest} with "
-        f"{lengths[longest]:,}; query and instruction {len(layout.query):,}), the model holds {max_tokens:,}: pass "
-        "overflow='head' to cut documents, overflow='windows' for several prompts, or max_doc_tokens=..."
+        f"{lengths[longest]:,}; query and instruction {len(layout.query):,}), the model holds {max_tokens:,}"
     )

@@ -93,6 +93,10 @@ def bench(architecture: Architecture, kernel: str | None = None) -> Bench:
     return Bench(Backend(model, tiny_tokenizer(), name=architecture.name), eager)
 
 
+def named(name: str) -> Architecture:
+    return next(architecture for architecture in SUPPORTED if architecture.name == name)
+
+
 def random_ids(num_tokens: int = NUM_TOKENS, seed: int = 0) -> list[int]:
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(3, VOCAB, (num_tokens,), generator=generator).tolist()

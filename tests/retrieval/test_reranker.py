@@ -85,6 +85,33 @@ def test_known_documents_are_not_read_again(qr_mini: Any, monkeypatch: pytest.Mo
     assert len(lengths) == 3
 
 
+def test_keep_prefixes_counts_what_was_read(qr_mini: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from qr_integrations import QRHeadReranker
+
+    reads: list[int] = []
+    prefill = type(qr_mini).prefill
+
+    def counted(self: Any, token_ids: Any, **kwargs: Any) -> Any:
+        reads.append(len(token_ids))
+        return prefill(self, token_ids, **kwargs)
+
+    monkeypatch.setattr(type(qr_mini), "prefill", counted)
+    lists = [DOCUMENTS, DOCUMENTS[:2], DOCUMENTS[2:]]
+    for keep, expected in ((0, 9), (1, 9), (2, 9), (3, 3)):
+        reads.clear()
+        reranker = QRHeadReranker(qr_mini, keep_prefixes=keep)
+        for _ in range(3):
+            for given in lists:
+                reranker.rank(QUERIES[0], given)
+        assert len(reads) == expected, keep
+        assert sum(known.prefix is not None for known in reranker._scorer._known.values()) == keep
+    reads.clear()
+    cutting = QRHeadReranker(qr_mini, keep_prefixes=1, overflow="head", max_tokens=150)
+    for query in QUERIES:
+        cutting.rank(query, [text * 4 for text in DOCUMENTS])
+    assert len(reads) == 1  # the whole list is laid out for its lengths, only the cut one is read and kept
+
+
 def _documents() -> list[Any]:
     from qr_integrations import Document
 

@@ -1,0 +1,130 @@
+"""`qr-integrations`: ranks documents, shows how it does so, and checks models.
+
+This file parses the command line; each command is a module with ``run(args) -> int``, imported when it is called.
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+from typing import Any
+
+from qr_integrations import __version__
+from qr_integrations.errors import QRError
+
+EXIT_FAILED_CHECK, EXIT_ERROR, EXIT_INTERRUPTED = 1, 2, 130
+
+_RERANK_NOTES = """\
+FILE is text, Markdown (.md), JSON lines (.jsonl, one {"text": ..., "title": ..., "id": ...} per line), or `-` for
+standard input: JSON lines if it begins with `{`, else text. A text file is one document unless --split says otherwise.
+The table goes to standard output, notes and errors to standard error. Exit codes: 0 done, 2 error, 130 interrupted.
+"""
+_DOCTOR_NOTES = "Exit codes: 0 all checks passed, 1 a check failed, 2 the model could not be loaded, 130 interrupted."
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command and return its exit code; errors of the package become one line on standard error."""
+    parser = _parser()
+    args = parser.parse_args(argv)
+    if args.command is None:
+        parser.print_help(sys.stderr)
+        return EXIT_ERROR
+    try:
+        run = import_module(f"qr_integrations.cli.{args.command}").run
+        return int(run(args))
+    except KeyboardInterrupt:
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:  # the reader of a pipe has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except Exception as error:
+        if args.debug:
+            raise
+        print(f"error: {_told(error)}", file=sys.stderr)
+        return EXIT_ERROR
+
+
+def _told(error: Exception) -> str:
+    if isinstance(error, QRError):
+        return str(error)
+    return f"unexpected {type(error).__name__}: {error} (run again with --debug for the traceback)"
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        "qr-integrations", description="Rank documents with the attention of a language model that you run yourself."
+    )
+    parser.add_argument("--version", action="version", version=f"qr-integrations {__version__}")
+    commands = parser.add_subparsers(dest="command", title="commands", metavar="{demo,rerank,doctor}")
+    for add in (_add_demo, _add_rerank, _add_doctor):
+        add(commands)
+    return parser
+
+
+def _add_demo(commands: Any) -> None:
+    demo = commands.add_parser(
+        "demo",
+        help="rank real questions' passages with the bundled model, offline",
+        description="Rank the passages of real questions with a small model that ships with the package. Needs no network.",
+    )
+    demo.add_argument("--question", type=int, default=1, metavar="N", help="which question is shown in full, from 1")
+    demo.add_argument("--questions", type=int, default=40, metavar="N", help="how many are measured (default: all 40)")
+    _add_model(demo)
+
+
+def _add_rerank(commands: Any) -> None:
+    rerank = commands.add_parser(
+        "rerank",
+        help="rank your files for a query",
+        description="Rank documents by how much a query looks at them.",
+        epilog=_RERANK_NOTES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    rerank.add_argument("files", nargs="+", metavar="FILE", help="text, Markdown, JSON lines, or - for standard input")
+    rerank.add_argument("--query", "-q", required=True, help="what is asked")
+    rerank.add_argument("--split", choices=["paragraphs"], help="one document per paragraph, headings become titles")
+    rerank.add_argument(
+        "--heads", default="auto", help='auto, all, a JSON file, or layer-head pairs from 0: "1-3,2-5" (default: auto)'
+    )
+    rerank.add_argument("--icr", action="store_true", help="ICR: all heads, with its own prompt")
+    rerank.add_argument("--top-k", type=int, metavar="N", help="show the best N only")
+    rerank.add_argument(
+        "--overflow",
+        choices=["error", "head", "windows"],
+        default="head",
+        help="when the documents exceed the model's window: stop, cut the longest at their ends (default), or rank in "
+        "several prompts",
+    )
+    rerank.add_argument("--max-doc-tokens", type=int, metavar="N", help="cut every document to N tokens")
+    rerank.add_argument("--explain", action="store_true", help="show which words each document was ranked by")
+    rerank.add_argument("--json", action="store_true", help="one JSON object; rank counts from 1, index from 0")
+    _add_model(rerank)
+
+
+def _add_doctor(commands: Any) -> None:
+    doctor = commands.add_parser(
+        "doctor",
+        help="check that a model's attention is read right",
+        description="Load a model and compare what is read from it with what it computes itself.",
+        epilog=_DOCTOR_NOTES,
+    )
+    doctor.add_argument("--attn-implementation", metavar="NAME", help="sdpa, flash_attention_2, eager")
+    doctor.add_argument("--quantization", choices=["8bit", "4bit"], help="load with bitsandbytes")
+    doctor.add_argument("--revision", help="branch, tag or commit on the hub")
+    doctor.add_argument(
+        "--tokens", type=int, default=512, metavar="N", help="length of the memory check (default: 512)"
+    )
+    doctor.add_argument("--json", action="store_true", help="one JSON object")
+    _add_model(doctor)
+
+
+def _add_model(parser: argparse.ArgumentParser) -> None:
+    """What every command knows about the model."""
+    parser.add_argument(
+        "--model", default="qr-mini", help="a bundled name, a folder, or a hub id (default: qr-mini, bundled)"
+    )
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default: auto)")
+    parser.add_argument("--dtype", default="auto", help="auto, float32, bfloat16, float16 (default: auto)")
+    parser.add_argument("--trust-remote-code", action="store_true", help="run code that the checkpoint brings along")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")

@@ -1,0 +1,146 @@
+"""`qr-integrations rerank`: your files, ranked for a query."""
+
+import argparse
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console, Group
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+
+from qr_integrations.cli import model, screen
+from qr_integrations.cli.reading import read_documents
+from qr_integrations.errors import InputError
+from qr_integrations.retrieval import ICRReranker, QRHeadReranker
+from qr_integrations.retrieval.reranker import AttentionReranker
+from qr_integrations.types import Document, Ranking, ScoredDocument, ScoredSpan
+
+_HEAD_PAIRS = re.compile(r"\d+-\d+(?:,\d+-\d+)*")
+_EXPLAINED = 3  # panels below the table, unless --top-k asks for another number
+
+
+def run(args: argparse.Namespace) -> int:
+    """Read, rank, print."""
+    if args.icr and args.heads != "auto":
+        raise InputError(
+            "--icr takes all heads: leave --heads out, or leave --icr out for --heads with QRHead's prompt"
+        )
+    documents = read_documents(args.files, paragraphs=args.split == "paragraphs")
+    reranker = _reranker(args)
+    ranking = reranker.rank(args.query, documents, top_k=None)
+    _note_what_was_lost(ranking, reranker.max_tokens)
+    ranking = ranking.top(args.top_k)
+    if args.json:
+        explained = _explain(reranker, args.query, documents, ranking) if args.explain else {}
+        entry = _as_json(ranking, explained, reranker)
+        screen.write_json(json.dumps(entry, ensure_ascii=False))
+        return 0
+    console = screen.stdout()
+    console.print(_table(ranking, console))
+    if args.explain:
+        shown = ranking.top(args.top_k or _EXPLAINED)
+        for item, words in zip(shown, _explain(reranker, args.query, documents, shown).values(), strict=True):
+            console.print(_panel(item, words, shown.order.index(item.index) + 1))
+    return 0
+
+
+def _reranker(args: argparse.Namespace) -> AttentionReranker:
+    if args.top_k is not None and args.top_k < 1:
+        raise InputError(f"--top-k {args.top_k} shows nothing: pass at least 1, or leave it out")
+    backend = model.load(args)
+    limits = {"overflow": args.overflow, "max_doc_tokens": args.max_doc_tokens}
+    if args.icr:
+        return ICRReranker(backend, **limits)
+    return QRHeadReranker(backend, heads=_heads(args.heads), **limits)
+
+
+def _heads(given: str) -> str | Path | list[tuple[int, int]]:
+    """What --heads means: a word, pairs, or else a file."""
+    if given in ("auto", "all"):
+        return given
+    if _HEAD_PAIRS.fullmatch(given.replace(" ", "")):
+        layer_heads = (pair.split("-") for pair in given.replace(" ", "").split(","))
+        return [(int(layer), int(head)) for layer, head in layer_heads]
+    if not Path(given).is_file():
+        raise InputError(
+            f'--heads {given!r} is no file: pass auto, all, a JSON file, or pairs counted from 0: "1-3,2-5"'
+        )
+    return Path(given)
+
+
+def _note_what_was_lost(ranking: Ranking, max_tokens: int | None) -> None:
+    cut = [item for item in ranking if item.num_tokens_cut]
+    if cut:
+        worst = max(cut, key=lambda item: item.num_tokens_cut)
+        total = sum(item.num_tokens_cut for item in cut)
+        window = f" (the model's window holds {max_tokens:,})" if max_tokens else ""
+        screen.note(
+            f"{len(cut)} of {len(ranking)} documents were cut at their end, {total:,} tokens were not read{window}; most in "
+            f"{worst.document.id}: {worst.num_tokens_cut:,} of {worst.num_tokens_cut + worst.num_tokens:,}"
+        )
+    empty = sorted(str(item.document.id) for item in ranking if not item.document.text.strip())
+    if empty:
+        screen.note(f"without text, ranked by title alone: {', '.join(empty)}")
+    if len({item.window for item in ranking}) > 1:
+        screen.note("ranked in several prompts: scores compare within one window only")
+
+
+def _explain(
+    reranker: AttentionReranker, query: str, documents: list[Document], ranking: Ranking
+) -> dict[int, list[ScoredSpan]]:
+    """Index -> words, in the order of the ranking; computed in the order of the documents, so that windows are read once."""
+    words = {index: reranker.explain(query, documents, index) for index in sorted(ranking.order)}
+    return {index: words[index] for index in ranking.order}
+
+
+def _as_json(ranking: Ranking, explained: dict[int, list[ScoredSpan]], reranker: AttentionReranker) -> dict[str, Any]:
+    return {
+        "query": ranking.query,
+        "model": reranker.backend.name,
+        "num_heads": len(reranker.heads),
+        "items": [_item(rank, item, explained.get(item.index)) for rank, item in enumerate(ranking, start=1)],
+    }
+
+
+def _item(rank: int, item: ScoredDocument, words: list[ScoredSpan] | None) -> dict[str, Any]:
+    entry: dict[str, Any] = {"rank": rank, "index": item.index, "score": item.score, "id": item.document.id}
+    entry |= {"file": item.document.metadata["file"], "title": item.document.title}
+    entry |= {"num_tokens": item.num_tokens, "num_tokens_cut": item.num_tokens_cut, "window": item.window}
+    if words is not None:
+        entry["spans"] = [{"start": w.span.start, "stop": w.span.stop, "text": w.text, "score": w.score} for w in words]
+    return entry
+
+
+def _table(ranking: Ranking, console: Console) -> Table:
+    wide = console.width >= screen.NARROW
+    table = Table(box=None, padding=(0, 1), expand=True)
+    table.add_column("#", justify="right")
+    table.add_column("score", justify="right")
+    if wide:
+        table.add_column("", width=8)
+    table.add_column("document", ratio=1, no_wrap=True, overflow="ellipsis")
+    if wide:
+        table.add_column("tokens", justify="right")
+    highest = max((item.score for item in ranking), default=0.0)
+    for rank, item in enumerate(ranking, start=1):
+        tokens = f"{item.num_tokens:,}" + (f" (-{item.num_tokens_cut:,})" if item.num_tokens_cut else "")
+        bar = screen.bar(item.score / highest if highest > 0 else 0.0, 8, console)
+        cells = [str(rank), f"{item.score:.4f}", bar, screen.label(item.document), tokens]
+        table.add_row(*(cells if wide else [*cells[:2], cells[3]]))
+    return table
+
+
+def _panel(item: ScoredDocument, words: list[ScoredSpan], rank: int) -> Panel:
+    attended = screen.strongest_words(words)
+    return Panel(
+        Group(
+            screen.highlighted(item.document.text, words),
+            Text(f"\nMost attended: {attended}" if attended else "\nNo word was attended to.", style="dim"),
+        ),
+        title=Text(screen.one_line(f"{rank}. {item.document.title or item.document.id}")),
+        title_align="left",
+        border_style="dim",
+    )
