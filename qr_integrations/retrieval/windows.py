@@ -99,8 +99,8 @@ def fit(
     cap = fair_cap(lengths, room) if overflow == "head" else room // _PER_WINDOW
     if cap < _LEAST:
         raise WindowError(
-            f"{_arithmetic(layout, max_tokens)}, which leaves {max(0, cap)} per document; fewer than {_LEAST} are not worth "
-            "reading: pass fewer documents, a shorter query, or overflow='windows'"
+            f"{_arithmetic(layout, max_tokens)}, which leaves {max(0, cap)} per document; fewer than {_LEAST} are "
+            "not worth reading: pass fewer documents, a shorter query, or overflow='windows'"
         )
     candidates = _cut(documents, layout_of(documents), min(cap, max_doc_tokens or cap))
     if overflow == "head":
