@@ -10,8 +10,8 @@ from qr_integrations.types import Document
 
 BUNDLED = frozenset({"qr-mini"})
 SAMPLE_SOURCE = (
-    "NaturalQuestions-open with annotated Wikipedia passages, as published with Lost in the Middle "
-    "(nelson-liu/lost-in-the-middle); questions and passages CC BY-SA 3.0"
+    "NaturalQuestions-open with annotated gold passages, as published with Lost in the Middle "
+    "(nelson-liu/lost-in-the-middle, MIT); questions and Wikipedia text CC BY-SA 3.0"
 )
 
 
@@ -58,9 +58,7 @@ def _question(path: Path, number: int, line: str) -> SampleQuestion:
         bm25 = tuple(float(score) for score in entry["bm25"])
         question = SampleQuestion(entry["question"], documents, entry["gold"], bm25)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise LoadError(
-            f"{path}, line {number}: not a sample question ({error!r}): install the package again"
-        ) from error
+        raise LoadError(f"{path}, line {number}: no sample question ({error!r}): install the package again") from error
     if not (0 <= question.gold < len(documents) == len(bm25)):
         raise LoadError(f"{path}, line {number}: `gold` and `bm25` do not fit the documents: install the package again")
     return question

@@ -20,7 +20,9 @@ FILE is text, Markdown (.md), JSON lines (.jsonl, one {"text": ..., "title": ...
 standard input: JSON lines if it begins with `{`, else text. A text file is one document unless --split says otherwise.
 The table goes to standard output, notes and errors to standard error. Exit codes: 0 done, 2 error, 130 interrupted.
 """
-_DOCTOR_NOTES = "Exit codes: 0 all checks passed, 1 a check failed, 2 the model could not be loaded, 130 interrupted."
+_DOCTOR_NOTES = (
+    "Exit codes: 0 all checks passed, 1 a check failed, 2 the model cannot be loaded or read, 130 interrupted."
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -66,9 +68,11 @@ def _add_demo(commands: Any) -> None:
     demo = commands.add_parser(
         "demo",
         help="rank real questions' passages with the bundled model, offline",
-        description="Rank the passages of real questions with a small model that ships with the package. Needs no network.",
+        description="Rank the passages of real questions with a small model that ships with the package, offline.",
     )
-    demo.add_argument("--question", type=int, default=1, metavar="N", help="which question is shown in full, from 1")
+    demo.add_argument(
+        "--question", type=int, default=6, metavar="N", help="which one is shown in full, from 1 (default: 6)"
+    )
     demo.add_argument("--questions", type=int, default=40, metavar="N", help="how many are measured (default: all 40)")
     _add_model(demo)
 

@@ -3,6 +3,7 @@
 import argparse
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 from rich.console import Console, Group, RenderableType
@@ -26,6 +27,8 @@ _SHOWN = 8  # rows of the table, and the gold passage in any case
 class _Shown:
     """One question in full. Times in seconds."""
 
+    number: int
+    of: int
     question: SampleQuestion
     ranking: Ranking
     words: list[ScoredSpan]
@@ -42,7 +45,7 @@ def run(args: argparse.Namespace) -> int:
     if args.questions < 1:
         raise InputError(f"--questions {args.questions} measures nothing: pass 1 to {len(sample)}")
     console, progress = screen.stdout(), screen.stderr()
-    with progress.status("Loading the model ...") if progress.is_terminal else _nothing():
+    with progress.status("Loading the model ...") if progress.is_terminal else nullcontext():
         start = time.perf_counter()
         backend = model.load(args)
         qrhead = QRHeadReranker(backend, overflow="head", keep_prefixes=1)
@@ -52,6 +55,7 @@ def run(args: argparse.Namespace) -> int:
         console.print(part)
     measured = sample[: args.questions]
     scores = _measure(qrhead, icr, measured, progress)
+    console.print()
     console.print(_table_of_scores(scores, console, backend.name, len(qrhead.heads)))
     console.print(Padding(_fine_print(backend.name, len(measured)), (0, 1)), style="dim")
     return 0
@@ -67,18 +71,18 @@ def _show(qrhead: QRHeadReranker, sample: Sequence[SampleQuestion], number: int,
     qrhead.rank(other.question, question.documents)
     warm = time.perf_counter() - start
     words = qrhead.explain(question.question, question.documents, ranking[0].index)
-    return _Shown(question, ranking, words, load, cold, warm)
+    return _Shown(number + 1, len(sample), question, ranking, words, load, cold, warm)
 
 
 def _one_question(shown: _Shown, console: Console) -> Iterator[RenderableType]:
     yield ""
-    yield Text.assemble((" Question  ", "dim"), (screen.one_line(shown.question.question), "bold"))
+    yield Text.assemble(
+        (f" Question {shown.number} of {shown.of}  ", "dim"), (screen.one_line(shown.question.question), "bold")
+    )
     yield _table_of_passages(shown, console)
-    left_out = len(shown.ranking) - len(_rows(shown))
+    left_out, star = len(shown.ranking) - len(_rows(shown)), _star(console)
     yield Padding(
-        Text(
-            f"{left_out} more passages below. " * (left_out > 0) + "★ answers the question. Score: share of attention."
-        ),
+        f"{star} answers the question, {left_out} more passages were ranked. Score: share of the attention.",
         (0, 1),
         style="dim",
     )
@@ -118,14 +122,23 @@ def _table_of_passages(shown: _Shown, console: Console) -> Table:
     table.add_column("BM25", justify="right", no_wrap=True)
     bm25 = _by_bm25(shown.question)
     highest = max(shown.ranking[0].score, 1e-9)
-    star = "*" if console.options.ascii_only else "★"
     for rank in _rows(shown):
         item = shown.ranking[rank]
         gold = item.index == shown.question.gold
-        bar = [screen.bar(item.score / highest, 8, console)] if wide else []
-        cells = [str(rank + 1), star if gold else "", f"{item.score:.3f}", *bar, screen.label(item.document)]
+        bar: list[RenderableType] = [screen.bar(item.score / highest, 8, console)] if wide else []
+        cells: list[RenderableType] = [
+            str(rank + 1),
+            _star(console) if gold else "",
+            f"{item.score:z.3f}",
+            *bar,
+            screen.label(item.document),
+        ]
         table.add_row(*cells, f"#{bm25.index(item.index) + 1}", style="green" if gold else "")
     return table
+
+
+def _star(console: Console) -> str:
+    return "*" if console.options.ascii_only else "★"
 
 
 def _by_bm25(question: SampleQuestion) -> list[int]:
@@ -171,12 +184,7 @@ def _fine_print(name: str, count: int) -> str:
     """What the numbers are, and what they are not."""
     trained = f" {name} was not trained on these questions." if name in BUNDLED else ""
     return (
-        f"Mean over {count} question{'s' * (count != 1)}, each with the passage that answers it and the passages that "
-        f"BM25 takes for it.{trained} A sample this small shows that it works; it does not settle a comparison.\n"
+        f"Mean over {count} question{'s' * (count != 1)}, each with the passage that answers it and the other passages "
+        f"that BM25 ranks highest for it.{trained} A sample this small shows that it works; it settles no comparison.\n"
         f"Source: {SAMPLE_SOURCE}."
     )
-
-
-class _nothing:  # noqa: N801 - a context manager
-    def __enter__(self) -> None: ...
-    def __exit__(self, *_: object) -> None: ...

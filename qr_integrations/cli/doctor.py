@@ -6,22 +6,25 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from itertools import chain
 
-from rich.console import Console
+from rich.console import Console, Group, JustifyMethod, RenderableType
+from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from qr_integrations.backend.selfcheck import Check, describe, run_checks
+from qr_integrations.backend.selfcheck import LEAST_TOKENS, Check, describe, run_checks
 from qr_integrations.cli import EXIT_FAILED_CHECK, model, screen
 from qr_integrations.errors import InputError
 from qr_integrations.retrieval.selfcheck import known_heads, run_ranking_checks
 
+_WIDE = 120  # columns from which on the details stand beside the numbers
+_JUSTIFIED: tuple[JustifyMethod, ...] = ("left", "left", "right", "left")
 _LOOKS = {"passed": ("✓", "+", "green"), "failed": ("✗", "x", "bold red"), "skipped": ("-", "-", "dim")}
 
 
 def run(args: argparse.Namespace) -> int:
     """Describe, check, and say whether all is well."""
-    if args.tokens < 64:
-        raise InputError(f"--tokens {args.tokens} is too short for the memory check: pass at least 64")
+    if args.tokens < LEAST_TOKENS:
+        raise InputError(f"--tokens {args.tokens} is too short for the memory check: pass at least {LEAST_TOKENS}")
     backend = model.load(
         args,
         revision=args.revision,
@@ -58,21 +61,20 @@ def _printed(console: Console, name: str, facts: dict[str, str], checks: Iterato
     return done
 
 
-def _line(check: Check, console: Console) -> Table:
+def _line(check: Check, console: Console) -> RenderableType:
+    """Mark, name, number and limit; the details beside them where there is room, else below."""
     mark, plain, style = _LOOKS[check.outcome]
     number = "" if check.value is None else f"{check.value:.3g}"
     limit = "" if check.limit is None else f"<= {check.limit:.3g}"
-    line = Table.grid(padding=(0, 2), expand=True)
-    line.add_column(width=1)
-    line.add_column(width=29)
-    line.add_column(width=9, justify="right")
-    line.add_column(width=10)
-    line.add_column(ratio=1)
-    line.add_row(
-        Text(plain if console.options.ascii_only else mark, style=style),
-        check.name,
-        number,
-        Text(limit, style="dim"),
-        Text(screen.one_line(check.detail), style="dim"),
-    )
+    line = Table.grid(padding=(0, 2))
+    for width, justify in zip((1, 29, 9, 11), _JUSTIFIED, strict=True):
+        line.add_column(width=width, justify=justify)
+    shown = Text(plain if console.options.ascii_only else mark, style=style)
+    detail = Text(screen.one_line(check.detail), style="dim")
+    cells = [shown, Text(check.name), Text(number), Text(limit, style="dim")]
+    if console.width < _WIDE:
+        line.add_row(*cells)
+        return Group(line, Padding(detail, (0, 0, 0, 3)))
+    line.add_column()
+    line.add_row(*cells, detail)
     return line

@@ -116,7 +116,7 @@ def _markdown_paragraphs(text: str) -> Iterator[tuple[str | None, str]]:
     paragraph: list[str] = []
     bare = False  # the last heading has nothing under it yet
     for line in [*_markdown_lines(text), _Line("", 1)]:  # a last heading ends the last paragraph
-        if line.text.strip() and not line.level or (line.in_code and paragraph):
+        if (line.text.strip() and not line.level) or (line.in_code and paragraph):
             paragraph.append(line.text)
             continue
         if paragraph or (bare and 0 < line.level <= max(path)):

@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console, Group
+from rich.console import Console, Group, RenderableType
 from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
@@ -25,9 +25,7 @@ _EXPLAINED = 3  # panels below the table, unless --top-k asks for another number
 def run(args: argparse.Namespace) -> int:
     """Read, rank, print."""
     if args.icr and args.heads != "auto":
-        raise InputError(
-            "--icr takes all heads: leave --heads out, or leave --icr out for --heads with QRHead's prompt"
-        )
+        raise InputError("--icr takes all heads: leave out --heads, or --icr")
     documents = read_documents(args.files, paragraphs=args.split == "paragraphs")
     reranker = _reranker(args)
     ranking = reranker.rank(args.query, documents, top_k=None)
@@ -51,7 +49,7 @@ def _reranker(args: argparse.Namespace) -> AttentionReranker:
     if args.top_k is not None and args.top_k < 1:
         raise InputError(f"--top-k {args.top_k} shows nothing: pass at least 1, or leave it out")
     backend = model.load(args)
-    limits = {"overflow": args.overflow, "max_doc_tokens": args.max_doc_tokens}
+    limits: dict[str, Any] = {"overflow": args.overflow, "max_doc_tokens": args.max_doc_tokens}
     if args.icr:
         return ICRReranker(backend, **limits)
     return QRHeadReranker(backend, heads=_heads(args.heads), **limits)
@@ -65,9 +63,7 @@ def _heads(given: str) -> str | Path | list[tuple[int, int]]:
         layer_heads = (pair.split("-") for pair in given.replace(" ", "").split(","))
         return [(int(layer), int(head)) for layer, head in layer_heads]
     if not Path(given).is_file():
-        raise InputError(
-            f'--heads {given!r} is no file: pass auto, all, a JSON file, or pairs counted from 0: "1-3,2-5"'
-        )
+        raise InputError(f'--heads {given!r} is no file: pass auto, all, a JSON file, or pairs from 0 like "1-3,2-5"')
     return Path(given)
 
 
@@ -78,8 +74,8 @@ def _note_what_was_lost(ranking: Ranking, max_tokens: int | None) -> None:
         total = sum(item.num_tokens_cut for item in cut)
         window = f" (the model's window holds {max_tokens:,})" if max_tokens else ""
         screen.note(
-            f"{len(cut)} of {len(ranking)} documents were cut at their end, {total:,} tokens were not read{window}; most in "
-            f"{worst.document.id}: {worst.num_tokens_cut:,} of {worst.num_tokens_cut + worst.num_tokens:,}"
+            f"{len(cut)} of {len(ranking)} documents were cut at their end, {total:,} tokens were not read{window}; "
+            f"most in {worst.document.id}: {worst.num_tokens_cut:,} of {worst.num_tokens_cut + worst.num_tokens:,}"
         )
     empty = sorted(str(item.document.id) for item in ranking if not item.document.text.strip())
     if empty:
@@ -91,7 +87,7 @@ def _note_what_was_lost(ranking: Ranking, max_tokens: int | None) -> None:
 def _explain(
     reranker: AttentionReranker, query: str, documents: list[Document], ranking: Ranking
 ) -> dict[int, list[ScoredSpan]]:
-    """Index -> words, in the order of the ranking; computed in the order of the documents, so that windows are read once."""
+    """Index -> words, as ranked; computed in the order of the documents, so that each window is read once."""
     words = {index: reranker.explain(query, documents, index) for index in sorted(ranking.order)}
     return {index: words[index] for index in ranking.order}
 
@@ -128,17 +124,18 @@ def _table(ranking: Ranking, console: Console) -> Table:
     for rank, item in enumerate(ranking, start=1):
         tokens = f"{item.num_tokens:,}" + (f" (-{item.num_tokens_cut:,})" if item.num_tokens_cut else "")
         bar = screen.bar(item.score / highest if highest > 0 else 0.0, 8, console)
-        cells = [str(rank), f"{item.score:.4f}", bar, screen.label(item.document), tokens]
+        cells: list[RenderableType] = [str(rank), f"{item.score:z.4f}", bar, screen.label(item.document), tokens]
         table.add_row(*(cells if wide else [*cells[:2], cells[3]]))
     return table
 
 
 def _panel(item: ScoredDocument, words: list[ScoredSpan], rank: int) -> Panel:
-    attended = screen.strongest_words(words)
+    attended = screen.strongest_words(words) if item.score > 0 else ""
+    below = f"Most attended: {attended}" if attended else "The query looks at this no more than any query would."
     return Panel(
         Group(
-            screen.highlighted(item.document.text, words),
-            Text(f"\nMost attended: {attended}" if attended else "\nNo word was attended to.", style="dim"),
+            screen.highlighted(item.document.text, words if item.score > 0 else []),
+            Text(f"\n{below}", style="dim"),
         ),
         title=Text(screen.one_line(f"{rank}. {item.document.title or item.document.id}")),
         title_align="left",

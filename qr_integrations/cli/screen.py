@@ -1,6 +1,7 @@
-"""What the commands share on the screen: consoles, bars, highlighted words. Works in a pipe and in a narrow terminal."""
+"""What the commands share on the screen: consoles, bars, highlighted words. Works in a pipe and a narrow terminal."""
 
 import sys
+import unicodedata
 from collections.abc import Iterable, Sequence
 
 from rich.console import Console
@@ -14,6 +15,9 @@ _SHADES = (
     (0.3, "black on yellow"),
     (0.12, "underline"),
 )  # share of the strongest
+
+# a byte-order mark has no width but moves borders; the others turn the direction of writing
+_UNSEEN = "\ufeff\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
 
 
 def stdout() -> Console:
@@ -55,10 +59,8 @@ def bar(share: float, width: int, console: Console) -> Text:
 
 
 def printable(text: str) -> str:
-    """`text` without control characters, which could write to the terminal; line ends and tabs stay."""
-    return "".join(
-        c for c in text if c in "\n\t" or c.isprintable() or c.isspace() and c not in "\r\v\f\x1c\x1d\x1e\x85"
-    )
+    """`text` without control characters, with which a document could steer the terminal; line ends and tabs stay."""
+    return "".join(c for c in text if c in "\n\t" or (unicodedata.category(c) != "Cc" and c not in _UNSEEN))
 
 
 def one_line(text: str) -> str:
@@ -103,4 +105,4 @@ def strongest_words(words: Iterable[ScoredSpan], count: int = 6) -> str:
         totals[key] = totals.get(key, 0.0) + max(0.0, word.score)
     whole = sum(totals.values())
     best = sorted(totals, key=lambda key: -totals[key])[:count]
-    return ", ".join(f"{names[key]} {totals[key] / whole:.0%}" for key in best if totals[key] > 0)
+    return ", ".join(f"{names[key]} {totals[key] / whole:.0%}" for key in best if totals[key] >= 0.005 * whole > 0)

@@ -9,8 +9,8 @@ from qr_integrations.errors import InputError
 def ndcg_at_k(order: Sequence[int], gold: Collection[int], k: int = 10) -> float:
     """nDCG@k with binary relevance: 1.0 when all gold documents stand first, 0.0 when none is among the first `k`.
 
-    A gold document at rank r (from 1) counts 1 / log2(r + 1); the sum is divided by that of the best order (Järvelin and
-    Kekäläinen 2002, with the discount that trec_eval uses).
+    A gold document at rank r (from 1) counts 1 / log2(r + 1); the sum is divided by that of the best order (Järvelin
+    and Kekäläinen 2002, with the discount that trec_eval uses).
 
     Args:
         order: documents, best first, e.g. `Ranking.order`.

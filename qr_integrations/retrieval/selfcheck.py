@@ -1,4 +1,4 @@
-"""Does a model rank? The checks that need a query and documents; those of the model alone are in `backend.selfcheck`."""
+"""Does a model rank? The checks that need a query and documents; the others are in `backend.selfcheck`."""
 
 import math
 from collections.abc import Iterator
@@ -39,7 +39,7 @@ def run_ranking_checks(backend: Backend) -> Iterator[Check]:
 
 
 def check_ranking(backend: Backend) -> Check:
-    """Two documents get finite scores that differ, by the known heads or by all; timed with and without a kept prefix."""
+    """Two documents get finite scores that differ, by the known heads or by all; the time of both queries."""
     try:
         reranker, kind = QRHeadReranker(backend), "known heads"
     except HeadError:

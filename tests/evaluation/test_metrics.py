@@ -4,6 +4,7 @@ import itertools
 import math
 
 import pytest
+
 from qr_integrations.errors import InputError
 from qr_integrations.evaluation import ndcg_at_k, random_ndcg_at_k
 
