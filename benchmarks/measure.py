@@ -100,18 +100,17 @@ class LargestTensor(TorchDispatchMode):
 
 
 def peak_memory(job: Measurable) -> dict[str, Any]:
-    """Peak bytes of one run above what was held before it, after one run that does not count."""
-    seconds_of(job, 0)
+    """Peak bytes of one run above what was held before it, after one run that looks for the largest tensor."""
+    job.prepare(0)
+    with LargestTensor() as largest:
+        job.run(0)
+    job.finish(0)
     job.prepare(1)
     on_gpu = torch.cuda.is_available()
     before = _start_peak(on_gpu)
     job.run(1)
     extra = max(0, _peak(on_gpu) - before)
     job.finish(1)
-    job.prepare(2)
-    with LargestTensor() as largest:
-        job.run(2)
-    job.finish(2)
     how = "cuda.max_memory_allocated" if on_gpu else _how()
     return {
         "extra_bytes": extra,

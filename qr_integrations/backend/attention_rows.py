@@ -43,21 +43,30 @@ def attention_rows(
         )
     visible, bias = _read_mask(mask, rows, query.shape[2], key.shape[2], sliding_window, query.device)
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    groups = query.shape[1] // key.shape[1]
-    per_head = 4 * query.shape[0] * key.shape[2] * (len(rows) + key.shape[3])
-    block = max(1, _ROWS_BYTES // per_head)
+    hidden = ~visible
+    blocks = _blocks(heads, query.shape[1] // key.shape[1], 4 * query.shape[0] * key.shape[2] * len(rows))
     parts = []
-    for start in range(0, len(heads), block):
-        some = list(heads[start : start + block])
-        key_BKTD = key[:, [h // groups for h in some]].float()
-        logits_BKQT = (query[:, some, rows.slice()].float() @ key_BKTD.transpose(-1, -2)) * scaling
+    for kv_head, some in blocks:
+        query_BKQD = query[:, some, rows.slice()].float() * scaling
+        key_BDT = key[:, kv_head].float().transpose(-1, -2)  # a view in fp32: heads that share keys share one product
+        logits_BKQT = (query_BKQD.flatten(1, 2) @ key_BDT).unflatten(1, query_BKQD.shape[1:3])
         if softcap is not None:
             logits_BKQT = torch.tanh(logits_BKQT / softcap) * softcap
         if bias is not None:
             logits_BKQT = logits_BKQT + _of_heads(bias, some)
-        logits_BKQT = logits_BKQT.masked_fill(~_of_heads(visible, some), torch.finfo(torch.float32).min)
+        logits_BKQT.masked_fill_(_of_heads(hidden, some), torch.finfo(torch.float32).min)
         parts.append(_softmax(logits_BKQT, None if s_aux is None else s_aux[some], reduce))
-    return torch.cat(parts, dim=1)
+    order = [head for _, some in blocks for head in some]
+    return torch.cat(parts, dim=1)[:, [order.index(head) for head in heads]]
+
+
+def _blocks(heads: Sequence[int], groups: int, bytes_per_head: int) -> list[tuple[int, list[int]]]:
+    """Heads by the key/value head that they share, in blocks whose rows fit into `_ROWS_BYTES`."""
+    sharing: dict[int, list[int]] = {}
+    for head in heads:
+        sharing.setdefault(head // groups, []).append(head)
+    size = max(1, _ROWS_BYTES // bytes_per_head)
+    return [(kv, some[i : i + size]) for kv, some in sharing.items() for i in range(0, len(some), size)]
 
 
 def _softmax(logits_BKQT: Tensor, sinks_K: Tensor | None, reduce: str) -> Tensor:

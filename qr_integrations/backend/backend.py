@@ -22,6 +22,7 @@ from qr_integrations.backend.prefix import Continuation, Prefix, new_cache, read
 from qr_integrations.errors import ClosedError, HeadError, InputError, LoadError, ModelError
 
 _log = logging.getLogger(__name__)
+_CPU_CHUNK = 1024  # a mask costs a CPU kernel little, and activations of 1,024 tokens make room for the kept keys
 _AUTO_CHUNK = 2048  # tokens at a time where a kernel needs a mask of chunk x T or softmaxes in plain torch
 _registry: dict[tuple[Any, ...], "Backend"] = {}
 _registry_lock = threading.Lock()
@@ -259,20 +260,23 @@ class Backend:
             token_ids: the text, ``[T]``.
             top_layer: the deepest layer that will be tapped.
             reuse: an earlier prefix; its common beginning is not computed again.
-            chunk_tokens: tokens per pass; ``"auto"`` reads all at once where the kernel needs no mask, else 2048 at a
-                time; None reads all at once.
+            chunk_tokens: tokens per pass; ``"auto"`` is 1024 on a CPU, and elsewhere all at once where the kernel then
+                needs no mask, else 2048; None reads all at once.
         """
         self.check_heads([(top_layer, 0)])
-        ids = self._batched(token_ids)
+        token_ids = tuple(token_ids)
         reuse = _usable(reuse, token_ids, top_layer)
+        if reuse is not None and len(reuse) == len(token_ids):
+            return reuse
         cache = reuse.growing() if reuse else new_cache(self.config, top_layer, self._continuation(top_layer))
         if cache is None:
-            return Prefix(tuple(token_ids), top_layer, None)
+            return Prefix(token_ids, top_layer, None)
         done = len(reuse) if reuse else 0
-        step = (self._auto_chunk() if chunk_tokens == "auto" else chunk_tokens) or max(1, ids.shape[1])
-        for start in range(done, ids.shape[1], step):
-            self._run(ids[:, start : start + step], cache, start, None, tap=None, stop_after=top_layer)
-        return Prefix(tuple(token_ids), top_layer, cache)
+        step = (self._auto_chunk() if chunk_tokens == "auto" else chunk_tokens) or max(1, len(token_ids))
+        for start in range(done, len(token_ids), step):
+            ids = self._batched(token_ids[start : start + step])
+            self._run(ids, cache, start, None, tap=None, stop_after=top_layer)
+        return Prefix(token_ids, top_layer, cache)
 
     def load_prefix(self, path: str | Path) -> Prefix:
         """Read what `Prefix.save` wrote, and try on a few tokens that it is this model's.
@@ -304,6 +308,8 @@ class Backend:
 
     def _auto_chunk(self) -> int | None:
         kernel = self.attention_layers[min(self.attention_layers)].kernel
+        if self.device.type == "cpu":
+            return _CPU_CHUNK
         slides = getattr(self.config, "sliding_window", None) and "sliding_attention" in (
             getattr(self.config, "layer_types", None) or ["sliding_attention"]
         )

@@ -100,6 +100,8 @@ class Prefix:
     def common_length(self, token_ids: Sequence[int]) -> int:
         """How many leading tokens `token_ids` shares with this prefix."""
         limit = min(len(self), len(token_ids))
+        if self.token_ids[:limit] == tuple(token_ids[:limit]):  # the usual case, without a loop in Python
+            return limit
         return next((i for i in range(limit) if self.token_ids[i] != token_ids[i]), limit)
 
     def branch(self) -> DynamicCache | None:

@@ -60,6 +60,14 @@ def test_a_constant_document_is_dropped_by_the_strict_limit_and_one_token_stays(
     assert drop_outliers(torch.tensor([[0.25]])).item() == 0.25
 
 
+def test_all_documents_at_once_equal_one_by_one() -> None:
+    from qr_integrations.retrieval.scoring import drop_outliers, score_documents_per_head
+
+    scores = drawn(7, 200)
+    plainly = [drop_outliers(scores[:, span.slice()]).sum(-1) for span in spans()]  # type: ignore[attr-defined]
+    torch.testing.assert_close(score_documents_per_head(scores, spans()), torch.stack(plainly, -1), rtol=0, atol=1e-6)
+
+
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_not_a_number_is_an_error_with_a_cure(bad: float) -> None:
     from qr_integrations.errors import ScoreError
