@@ -1,0 +1,1 @@
+"""Recipes that made the bundled models; not imported by the package."""
