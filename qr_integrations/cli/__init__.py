@@ -71,7 +71,7 @@ def _add_demo(commands: Any) -> None:
         description="Rank the passages of real questions with a small model that ships with the package, offline.",
     )
     demo.add_argument(
-        "--question", type=int, default=6, metavar="N", help="which one is shown in full, from 1 (default: 6)"
+        "--question", type=int, default=1, metavar="N", help="which one is shown in full, from 1 (default: 1)"
     )
     demo.add_argument("--questions", type=int, default=40, metavar="N", help="how many are measured (default: all 40)")
     _add_model(demo)
