@@ -22,10 +22,6 @@ class Span:
     def __len__(self) -> int:
         return self.stop - self.start
 
-    def shift(self, offset: int) -> "Span":
-        """The same range, `offset` places to the right."""
-        return Span(self.start + offset, self.stop + offset)
-
     def slice(self) -> slice:
         """For indexing: ``tensor[..., span.slice()]``."""
         return slice(self.start, self.stop)

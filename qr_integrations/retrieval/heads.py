@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
@@ -57,7 +57,7 @@ class HeadSet:
 
     def top(self, k: int) -> "HeadSet":
         """The `k` best heads."""
-        return HeadSet(self.heads[:k], self.model, self.detection_data, self.objective, self.source)
+        return replace(self, heads=self.heads[:k])
 
     @classmethod
     def of(cls, heads: Iterable[Iterable[int]], **provenance: str) -> "HeadSet":

@@ -6,7 +6,7 @@ Everything before the instruction is `shared`: it does not depend on the query a
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from jaxtyping import Int
@@ -171,4 +171,4 @@ def shorten(layout: PromptLayout, index: int, document: Document, max_tokens: in
         kept = len(document.text) * max_tokens // len(span)
     else:
         kept = int(layout.offsets[span.start + max(1, max_tokens) - 1][1]) - layout.texts[index].start
-    return Document(document.text[: max(0, kept)], document.title, document.id, document.metadata)
+    return replace(document, text=document.text[: max(0, kept)])

@@ -17,7 +17,7 @@ from qr_integrations.retrieval.explain import attended_words
 from qr_integrations.retrieval.heads import HeadSet
 from qr_integrations.retrieval.layout import PromptStyle
 from qr_integrations.retrieval.scoring import score_documents, score_documents_per_head
-from qr_integrations.retrieval.token_scores import TokenScorer
+from qr_integrations.retrieval.token_scores import Contents, TokenScorer, contents
 from qr_integrations.retrieval.windows import Candidate, Overflow, fit
 from qr_integrations.types import Document, Ranking, ScoredDocument, ScoredSpan
 
@@ -85,9 +85,9 @@ class AttentionReranker:
         """
         if isinstance(queries, str) or len(queries) != len(documents):
             raise InputError(f"{len(queries)} queries and {len(documents)} document lists: pass one list per query")
-        groups: dict[Any, list[int]] = {}
+        groups: dict[Contents, list[int]] = {}
         for i, given in enumerate(documents):
-            groups.setdefault(tuple((d.title, d.text) for d in as_documents(given)), []).append(i)
+            groups.setdefault(contents(as_documents(given)), []).append(i)
         rankings = {i: self.rank(queries[i], documents[i], top_k) for group in groups.values() for i in group}
         return [rankings[i] for i in range(len(queries))]
 
@@ -189,14 +189,14 @@ def as_documents(documents: Sequence[DocumentLike]) -> list[Document]:
     return [_as_document(index, document) for index, document in enumerate(documents)]
 
 
-def _as_document(index: int, document: DocumentLike) -> Document:
-    if isinstance(document, Mapping):
-        known = {name: document[name] for name in ("text", "title", "id", "metadata") if name in document}
-        document = Document(**known) if "text" in known else Document(text=None)  # type: ignore[arg-type]
-    elif isinstance(document, str):
-        document = Document(document)
-    text, title = getattr(document, "text", None), getattr(document, "title", None)
-    if not isinstance(document, Document) or not isinstance(text, str) or not isinstance(title, str | None):
+def _as_document(index: int, given: DocumentLike) -> Document:
+    document: Any = given
+    if isinstance(given, str):
+        document = Document(given)
+    elif isinstance(given, Mapping) and "text" in given:
+        document = Document(**{name: given[name] for name in ("text", "title", "id", "metadata") if name in given})
+    good = isinstance(document, Document) and isinstance(document.text, str) and isinstance(document.title, str | None)
+    if not good:
         raise InputError(
             f"document #{index} has no text: pass a string, a Document, or a mapping with 'text' (and 'title')"
         )

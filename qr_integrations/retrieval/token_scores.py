@@ -19,6 +19,12 @@ from qr_integrations.types import Document
 
 NULL_QUERY = "N/A"
 _KEEP_LAYOUTS = 4
+Contents = tuple[tuple[str | None, str], ...]
+
+
+def contents(documents: Sequence[Document]) -> Contents:
+    """What of a list of documents is read: two lists with the same contents share a prefix."""
+    return tuple((document.title, document.text) for document in documents)
 
 
 @dataclass(slots=True)
@@ -44,7 +50,7 @@ class TokenScorer:
         self.backend, self.heads, self.calibrated = backend, heads, calibrated
         self._writer = PromptWriter(backend, style)
         self._keep = keep_prefixes
-        self._known: OrderedDict[tuple[tuple[str | None, str], ...], _Known] = OrderedDict()
+        self._known: OrderedDict[Contents, _Known] = OrderedDict()
         self._lock = threading.Lock()
 
     def layout(self, query: str, documents: Sequence[Document]) -> PromptLayout:
@@ -86,13 +92,14 @@ class TokenScorer:
         return self._writer.rewrite(known.layout, query, known.documents)
 
     def _recall(self, documents: Sequence[Document]) -> _Known:
-        key = tuple((document.title, document.text) for document in documents)
+        key = contents(documents)
         with self._lock:
-            known = self._known.pop(key, None)
+            known = self._known.get(key)
         if known is None:
             known = _Known(tuple(documents), self._writer.write(NULL_QUERY, documents))
         with self._lock:
-            self._known[key] = known  # now the latest
+            known = self._known.setdefault(key, known)  # another thread may have laid out the same list meanwhile
+            self._known.move_to_end(key)
             self._trim()
         return known
 

@@ -82,8 +82,8 @@ def fit(
     Raises:
         WindowError: it does not fit; the message does the arithmetic.
     """
-    layout = layout_of(documents)
-    candidates = _cut(documents, layout, max_doc_tokens)
+    layout = whole = layout_of(documents)
+    candidates = _cut(documents, whole, max_doc_tokens)
     if any(candidate.num_tokens_cut for candidate in candidates):
         layout = layout_of([candidate.read for candidate in candidates])
     if max_tokens is None or len(layout) <= max_tokens:
@@ -102,7 +102,7 @@ def fit(
             f"{_arithmetic(layout, max_tokens)}, which leaves {max(0, cap)} per document; fewer than {_LEAST} are "
             "not worth reading: pass fewer documents, a shorter query, or overflow='windows'"
         )
-    candidates = _cut(documents, layout_of(documents), min(cap, max_doc_tokens or cap))
+    candidates = _cut(documents, whole, min(cap, max_doc_tokens or cap))
     if overflow == "head":
         return [candidates]
     return [[candidates[i] for i in window] for window in pack([c.num_tokens for c in candidates], room)]
