@@ -41,17 +41,31 @@ class Document:
 
 
 @dataclass(frozen=True, slots=True)
+class ScoredSpan:
+    """A piece of a document's text, by its characters, and its part of the document's score."""
+
+    span: Span
+    text: str
+    score: float
+
+    def as_dict(self) -> dict[str, Any]:
+        """``{"start", "end", "text", "score"}``, as it stands in JSON and in the adapters' metadata."""
+        return {"start": self.span.start, "end": self.span.stop, "text": self.text, "score": self.score}
+
+
+@dataclass(frozen=True, slots=True)
 class ScoredDocument:
     """One line of a `Ranking`.
 
     Attributes:
         index: position in the list the caller passed; two equal documents stay two.
         score: calibrated attention mass, a share of one query row's attention, no unit. May be negative: the query
-            looked less at this document than the null query did. Comparable within one window only.
+            looked less at this document than the null query did. Comparable within one ranking only.
         document: what the caller passed, as a `Document`.
         num_tokens: tokens of the document in the prompt.
         num_tokens_cut: tokens left out to fit the window; 0 when the document was read whole.
         window: which prompt the score comes from, 0 when all documents fitted into one.
+        spans: where in the document's text the score fell, strongest first; empty unless asked for.
     """
 
     index: int
@@ -60,15 +74,7 @@ class ScoredDocument:
     num_tokens: int
     num_tokens_cut: int = 0
     window: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class ScoredSpan:
-    """A piece of a document's text, by its characters, and its part of the document's score."""
-
-    span: Span
-    text: str
-    score: float
+    spans: tuple[ScoredSpan, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

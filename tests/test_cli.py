@@ -155,7 +155,7 @@ def test_top_k_and_spans(folder: Path, capsys: pytest.CaptureFixture[str]) -> No
     assert len(found["items"]) == 1
     spans = found["items"][0]["spans"]
     text = TEXTS["dracula.txt"]
-    assert spans and all(text[s["start"] : s["stop"]] == s["text"] for s in spans)
+    assert spans and all(text[s["start"] : s["end"]] == s["text"] for s in spans)
 
 
 def test_the_table_in_a_pipe(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -198,11 +198,11 @@ def test_overflow(folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch:
     for number in range(8):
         (folder / f"{number}.txt").write_text(f"{number} " + "dracula sleeps " * 30, encoding="utf-8")
     files = [f"{number}.txt" for number in range(8)]
-    assert "overflow" in refused(capsys, "rerank", "-q", QUERY, *files, "--overflow", "error")
+    assert "truncation" in refused(capsys, "rerank", "-q", QUERY, *files, "--truncation", "error")
     assert run("rerank", "-q", QUERY, *files, "--json") == 0
     captured = capsys.readouterr()
     assert "the model's window holds 300" in captured.err and len(json.loads(captured.out)["items"]) == 8
-    assert run("rerank", "-q", QUERY, *files, "--json", "--overflow", "windows", "--explain") == 0
+    assert run("rerank", "-q", QUERY, *files, "--json", "--truncation", "head", "--explain") == 0
     captured = capsys.readouterr()
     items = json.loads(captured.out)["items"]
     assert len({item["window"] for item in items}) > 1 and all(item["spans"] for item in items)

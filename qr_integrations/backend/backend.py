@@ -44,6 +44,7 @@ class Backend:
         self._attention_layers: dict[int, AttentionLayer] | None = None
         self._continuations: dict[int, Continuation] = {}
         self._key: tuple[Any, ...] | None = None
+        self.load_arguments: dict[str, Any] | None = None  # what `load` was called with; None around your own model
 
     @classmethod
     def load(
@@ -78,6 +79,18 @@ class Backend:
             LoadError: wrong id, missing file, no space left, no such device.
             MissingExtra: `device_map` or `quantization` without its dependency.
         """
+        given = {
+            "name_or_path": str(name_or_path),
+            "device": device,
+            "dtype": str(dtype).removeprefix("torch."),
+            "revision": revision,
+            "quantization": quantization,
+            "device_map": device_map,
+            "attn_implementation": attn_implementation,
+            "local_files_only": local_files_only,
+            "trust_remote_code": trust_remote_code,
+            "model_kwargs": model_kwargs,
+        }
         device, name = resolve_device(device), resolve_name(name_or_path)
         hub_kwargs = {
             "revision": revision,
@@ -102,7 +115,7 @@ class Backend:
                     model_kwargs=all_kwargs,
                 )
                 backend = _registry[key] = cls(model, tokenizer, name=str(name_or_path))
-                backend._key = key
+                backend._key, backend.load_arguments = key, given
             return backend
 
     def close(self) -> None:
@@ -118,6 +131,18 @@ class Backend:
                 del _registry[self._key]
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Backend":
+        """The same object: weights are not copied."""
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickled as the call that loads it, without the weights."""
+        if self.load_arguments is None:
+            raise InputError(
+                f"{self.name!r} stands around a model object and cannot be pickled: make it with Backend.load(folder)"
+            )
+        return _load_again, (self.load_arguments,)
 
     def __repr__(self) -> str:
         if self._model is None:
@@ -343,6 +368,10 @@ class Backend:
                 decoder(**kwargs, past_key_values=cache, use_cache=cache is not None)
 
             return run_tapped(run, modules, tap=tap, stop_after=stop_after, past=past)
+
+
+def _load_again(arguments: dict[str, Any]) -> Backend:
+    return Backend.load(**arguments)
 
 
 def _usable(reuse: Prefix | None, token_ids: Sequence[int], top_layer: int) -> Prefix | None:

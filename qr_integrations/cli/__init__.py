@@ -94,13 +94,16 @@ def _add_rerank(commands: Any) -> None:
     rerank.add_argument("--icr", action="store_true", help="ICR: all heads, with its own prompt")
     rerank.add_argument("--top-k", type=int, metavar="N", help="show the best N only")
     rerank.add_argument(
-        "--overflow",
-        choices=["error", "head", "windows"],
+        "--truncation",
+        choices=["error", "head", "chunk"],
         default="head",
-        help="when the documents exceed the model's window: stop, cut the longest at their ends (default), or rank in "
-        "several prompts",
+        help="when the documents exceed the model's window: stop, cut the longest at their ends (default), or read "
+        "long ones in pieces",
     )
-    rerank.add_argument("--max-doc-tokens", type=int, metavar="N", help="cut every document to N tokens")
+    rerank.add_argument(
+        "--max-doc-tokens", type=int, metavar="N", help="cut every document to N tokens, or into pieces of N"
+    )
+    rerank.add_argument("--instruction", metavar="TEXT", help="what counts as relevant, in words")
     rerank.add_argument("--explain", action="store_true", help="show which words each document was ranked by")
     rerank.add_argument("--json", action="store_true", help="one JSON object; rank counts from 1, index from 0")
     _add_model(rerank)

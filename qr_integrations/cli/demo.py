@@ -18,7 +18,7 @@ from qr_integrations.cli import model, screen
 from qr_integrations.errors import InputError
 from qr_integrations.evaluation import ndcg_at_k, random_ndcg_at_k
 from qr_integrations.retrieval import ICRReranker, QRHeadReranker
-from qr_integrations.types import Ranking, ScoredSpan
+from qr_integrations.types import Ranking
 
 _SHOWN = 8  # rows of the table, and the gold passage in any case
 
@@ -31,7 +31,6 @@ class _Shown:
     of: int
     question: SampleQuestion
     ranking: Ranking
-    words: list[ScoredSpan]
     load: float
     cold: float
     warm: float
@@ -48,8 +47,8 @@ def run(args: argparse.Namespace) -> int:
     with progress.status("Loading the model ...") if progress.is_terminal else nullcontext():
         start = time.perf_counter()
         backend = model.load(args)
-        qrhead = QRHeadReranker(backend, overflow="head", keep_prefixes=1)
-        icr = ICRReranker(backend, overflow="head", keep_prefixes=1)
+        qrhead = QRHeadReranker(backend, truncation="head", keep_prefixes=1)
+        icr = ICRReranker(backend, truncation="head", keep_prefixes=1)
         shown = _show(qrhead, sample, args.question - 1, time.perf_counter() - start)
     for part in _one_question(shown, console):
         console.print(part)
@@ -65,13 +64,12 @@ def _show(qrhead: QRHeadReranker, sample: Sequence[SampleQuestion], number: int,
     """Rank, and ask another question about the same passages, which are not read again."""
     question, other = sample[number], sample[number - 1]
     start = time.perf_counter()
-    ranking = qrhead.rank(question.question, question.documents)
+    ranking = qrhead.rank(question.question, question.documents, explain=True, max_spans=None)
     cold = time.perf_counter() - start
     start = time.perf_counter()
     qrhead.rank(other.question, question.documents)
     warm = time.perf_counter() - start
-    words = qrhead.explain(question.question, question.documents, ranking[0].index)
-    return _Shown(number + 1, len(sample), question, ranking, words, load, cold, warm)
+    return _Shown(number + 1, len(sample), question, ranking, load, cold, warm)
 
 
 def _one_question(shown: _Shown, console: Console) -> Iterator[RenderableType]:
@@ -86,13 +84,13 @@ def _one_question(shown: _Shown, console: Console) -> Iterator[RenderableType]:
         (0, 1),
         style="dim",
     )
-    best = shown.ranking[0].document
+    best = shown.ranking[0]
     yield Panel(
         Group(
-            screen.highlighted(best.text, shown.words),
-            Text(f"\nMost attended: {screen.strongest_words(shown.words)}", style="dim"),
+            screen.highlighted(best.document.text, best.spans),
+            Text(f"\nMost attended: {screen.most_attended(best)}", style="dim"),
         ),
-        title=Text(screen.one_line(f"1. {best.title or best.id or ''}")),
+        title=Text(screen.one_line(f"1. {best.document.title or best.document.id or ''}")),
         title_align="left",
         border_style="dim",
     )

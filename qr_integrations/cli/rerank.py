@@ -16,7 +16,7 @@ from qr_integrations.cli.reading import read_documents
 from qr_integrations.errors import InputError
 from qr_integrations.retrieval import ICRReranker, QRHeadReranker
 from qr_integrations.retrieval.reranker import AttentionReranker
-from qr_integrations.types import Document, Ranking, ScoredDocument, ScoredSpan
+from qr_integrations.types import Ranking, ScoredDocument
 
 _HEAD_PAIRS = re.compile(r"\d+-\d+(?:,\d+-\d+)*")
 _EXPLAINED = 3  # panels below the table, unless --top-k asks for another number
@@ -28,20 +28,17 @@ def run(args: argparse.Namespace) -> int:
         raise InputError("--icr takes all heads: leave out --heads, or --icr")
     documents = read_documents(args.files, paragraphs=args.split == "paragraphs")
     reranker = _reranker(args)
-    ranking = reranker.rank(args.query, documents, top_k=None)
-    _note_what_was_lost(ranking, reranker.max_tokens)
+    ranking = reranker.rank(args.query, documents, explain=args.explain, max_spans=None)
+    _note_what_was_lost(ranking, reranker.limits.max_context_tokens)
     ranking = ranking.top(args.top_k)
     if args.json:
-        explained = _explain(reranker, args.query, documents, ranking) if args.explain else {}
-        entry = _as_json(ranking, explained, reranker)
-        screen.write_json(json.dumps(entry, ensure_ascii=False))
+        screen.write_json(json.dumps(_as_json(ranking, reranker, args.explain), ensure_ascii=False))
         return 0
     console = screen.stdout()
     console.print(_table(ranking, console))
     if args.explain:
-        shown = ranking.top(args.top_k or _EXPLAINED)
-        for item, words in zip(shown, _explain(reranker, args.query, documents, shown).values(), strict=True):
-            console.print(_panel(item, words, shown.order.index(item.index) + 1))
+        for rank, item in enumerate(ranking.top(args.top_k or _EXPLAINED), start=1):
+            console.print(_panel(item, rank))
     return 0
 
 
@@ -49,10 +46,14 @@ def _reranker(args: argparse.Namespace) -> AttentionReranker:
     if args.top_k is not None and args.top_k < 1:
         raise InputError(f"--top-k {args.top_k} shows nothing: pass at least 1, or leave it out")
     backend = model.load(args)
-    limits: dict[str, Any] = {"overflow": args.overflow, "max_doc_tokens": args.max_doc_tokens}
+    options: dict[str, Any] = {
+        "truncation": args.truncation,
+        "max_doc_tokens": args.max_doc_tokens,
+        "instruction": args.instruction,
+    }
     if args.icr:
-        return ICRReranker(backend, **limits)
-    return QRHeadReranker(backend, heads=_heads(args.heads), **limits)
+        return ICRReranker(backend, **options)
+    return QRHeadReranker(backend, heads=_heads(args.heads), **options)
 
 
 def _heads(given: str) -> str | Path | list[tuple[int, int]]:
@@ -67,12 +68,12 @@ def _heads(given: str) -> str | Path | list[tuple[int, int]]:
     return Path(given)
 
 
-def _note_what_was_lost(ranking: Ranking, max_tokens: int | None) -> None:
+def _note_what_was_lost(ranking: Ranking, max_context_tokens: int | None) -> None:
     cut = [item for item in ranking if item.num_tokens_cut]
     if cut:
         worst = max(cut, key=lambda item: item.num_tokens_cut)
         total = sum(item.num_tokens_cut for item in cut)
-        window = f" (the model's window holds {max_tokens:,})" if max_tokens else ""
+        window = f" (the model's window holds {max_context_tokens:,})" if max_context_tokens else ""
         screen.note(
             f"{len(cut)} of {len(ranking)} documents were cut at their end, {total:,} tokens were not read{window}; "
             f"most in {worst.document.id}: {worst.num_tokens_cut:,} of {worst.num_tokens_cut + worst.num_tokens:,}"
@@ -84,29 +85,21 @@ def _note_what_was_lost(ranking: Ranking, max_tokens: int | None) -> None:
         screen.note("ranked in several prompts: scores compare within one window only")
 
 
-def _explain(
-    reranker: AttentionReranker, query: str, documents: list[Document], ranking: Ranking
-) -> dict[int, list[ScoredSpan]]:
-    """Index -> words, as ranked; computed in the order of the documents, so that each window is read once."""
-    words = {index: reranker.explain(query, documents, index) for index in sorted(ranking.order)}
-    return {index: words[index] for index in ranking.order}
-
-
-def _as_json(ranking: Ranking, explained: dict[int, list[ScoredSpan]], reranker: AttentionReranker) -> dict[str, Any]:
+def _as_json(ranking: Ranking, reranker: AttentionReranker, explained: bool) -> dict[str, Any]:
     return {
         "query": ranking.query,
         "model": reranker.backend.name,
         "num_heads": len(reranker.heads),
-        "items": [_item(rank, item, explained.get(item.index)) for rank, item in enumerate(ranking, start=1)],
+        "items": [_item(rank, item, explained) for rank, item in enumerate(ranking, start=1)],
     }
 
 
-def _item(rank: int, item: ScoredDocument, words: list[ScoredSpan] | None) -> dict[str, Any]:
+def _item(rank: int, item: ScoredDocument, explained: bool) -> dict[str, Any]:
     entry: dict[str, Any] = {"rank": rank, "index": item.index, "score": item.score, "id": item.document.id}
     entry |= {"file": item.document.metadata["file"], "title": item.document.title}
     entry |= {"num_tokens": item.num_tokens, "num_tokens_cut": item.num_tokens_cut, "window": item.window}
-    if words is not None:
-        entry["spans"] = [{"start": w.span.start, "stop": w.span.stop, "text": w.text, "score": w.score} for w in words]
+    if explained:
+        entry["spans"] = [span.as_dict() for span in item.spans]
     return entry
 
 
@@ -129,14 +122,12 @@ def _table(ranking: Ranking, console: Console) -> Table:
     return table
 
 
-def _panel(item: ScoredDocument, words: list[ScoredSpan], rank: int) -> Panel:
-    attended = screen.strongest_words(words) if item.score > 0 else ""
+def _panel(item: ScoredDocument, rank: int) -> Panel:
+    spans = item.spans if item.score > 0 else ()
+    attended = screen.most_attended(item) if spans else ""
     below = f"Most attended: {attended}" if attended else "The query looks at this no more than any query would."
     return Panel(
-        Group(
-            screen.highlighted(item.document.text, words if item.score > 0 else []),
-            Text(f"\n{below}", style="dim"),
-        ),
+        Group(screen.highlighted(item.document.text, spans), Text(f"\n{below}", style="dim")),
         title=Text(screen.one_line(f"{rank}. {item.document.title or item.document.id}")),
         title_align="left",
         border_style="dim",

@@ -2,14 +2,15 @@
 
 import sys
 import unicodedata
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 from rich.console import Console
 from rich.text import Text
 
-from qr_integrations.types import Document, ScoredSpan
+from qr_integrations.types import Document, ScoredDocument, ScoredSpan
 
 NARROW = 70  # columns below which tables lose what can be spared
+_NAMED, _NAME_LENGTH = 4, 48  # spans in a line of the strongest, and characters of each
 _SHADES = (
     (0.6, "bold black on bright_yellow"),
     (0.3, "black on yellow"),
@@ -75,15 +76,14 @@ def label(document: Document) -> Text:
     return Text.assemble((name, "bold"), "  " if name else "", (start, "dim" if name else ""))
 
 
-def highlighted(text: str, words: Sequence[ScoredSpan]) -> Text:
-    """`text` with its most attended words marked, stronger for a larger share."""
-    strongest = max((word.score for word in words), default=0.0)
-    shades = [_shade(word.score / strongest) if strongest > 0 else "" for word in words]
+def highlighted(text: str, spans: Sequence[ScoredSpan]) -> Text:
+    """`text` with the spans it was ranked by marked, stronger for a larger part of the score."""
+    strongest = max((span.score for span in spans), default=0.0)
     result, position = Text(), 0
-    for word, style in zip(words, shades, strict=True):
-        result.append(_spaced(text[position : word.span.start]))
-        result.append(printable(word.text), style=style)
-        position = word.span.stop
+    for span in sorted(spans, key=lambda span: span.span):
+        result.append(_spaced(text[position : span.span.start]))
+        result.append(_spaced(span.text), style=_shade(span.score / strongest) if strongest > 0 else "")
+        position = span.span.stop
     return result.append(_spaced(text[position:]))
 
 
@@ -95,14 +95,12 @@ def _spaced(text: str) -> str:
     return printable(text.replace("\r", ""))
 
 
-def strongest_words(words: Iterable[ScoredSpan], count: int = 6) -> str:
-    """The most attended words with their percentage of all words' attention, equal words added up."""
-    totals: dict[str, float] = {}
-    names: dict[str, str] = {}
-    for word in words:
-        key = word.text.casefold()
-        names.setdefault(key, printable(word.text))
-        totals[key] = totals.get(key, 0.0) + max(0.0, word.score)
-    whole = sum(totals.values())
-    best = sorted(totals, key=lambda key: -totals[key])[:count]
-    return ", ".join(f"{names[key]} {totals[key] / whole:.0%}" for key in best if totals[key] >= 0.005 * whole > 0)
+def most_attended(item: ScoredDocument) -> str:
+    """The strongest spans of a document, each with its percentage of the document's score."""
+    whole = max(item.score, sum(span.score for span in item.spans))  # tokens below zero lower the score
+    named = [(_shortened(one_line(span.text)), span.score / whole if whole > 0 else 0.0) for span in item.spans]
+    return ", ".join(f"{name} {share:.0%}" for name, share in named[:_NAMED] if share >= 0.005)
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= _NAME_LENGTH else f"{text[: _NAME_LENGTH - 4].rsplit(' ', 1)[0]} ..."

@@ -1,5 +1,6 @@
 """ICR: in-context reranking with the attention of all heads (arXiv 2410.02642)."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
@@ -7,7 +8,7 @@ from qr_integrations.backend import Backend
 from qr_integrations.errors import InputError
 from qr_integrations.retrieval.layout import ANSWER, FIND, PromptStyle
 from qr_integrations.retrieval.reranker import AttentionReranker
-from qr_integrations.retrieval.windows import Overflow
+from qr_integrations.retrieval.windows import Truncation
 
 STYLES = {"IE": PromptStyle(FIND, strip=True), "QA": PromptStyle(ANSWER, strip=True)}
 
@@ -29,16 +30,21 @@ class ICRReranker(AttentionReranker):
         *,
         retrieval_type: Literal["IE", "QA"] = "IE",
         calibrated: bool = True,
-        overflow: Overflow = "error",
+        prompt: str | None = None,
+        instruction: str | None = None,
+        null_instruction: float = 0.0,
+        truncation: Truncation = "error",
         max_doc_tokens: int | None = None,
-        max_tokens: int | None = None,
+        max_context_tokens: int | None = None,
+        batch_size: int | None = None,
         keep_prefixes: int = 2,
     ) -> None:
         """Args:
         model: a `Backend`, or a name for `Backend.load`.
         retrieval_type: ``"IE"`` asks to find information, ``"QA"`` to answer a question (multi-hop).
         calibrated: subtract the null query's attention.
-        overflow, max_doc_tokens, max_tokens, keep_prefixes: as in `QRHeadReranker`.
+        prompt, instruction, null_instruction, truncation, max_doc_tokens, max_context_tokens, batch_size,
+            keep_prefixes: as in `QRHeadReranker`.
 
         Raises:
             InputError: unknown `retrieval_type`.
@@ -46,13 +52,17 @@ class ICRReranker(AttentionReranker):
         """
         if retrieval_type not in STYLES:
             raise InputError(f"unknown retrieval_type {retrieval_type!r}: pass 'IE' or 'QA'")
+        style = STYLES[retrieval_type]
         super().__init__(
             model,
             "all",
-            STYLES[retrieval_type],
+            style if prompt is None else replace(style, template=prompt),
             calibrated=calibrated,
-            overflow=overflow,
+            instruction=instruction,
+            null_instruction=null_instruction,
+            truncation=truncation,
             max_doc_tokens=max_doc_tokens,
-            max_tokens=max_tokens,
+            max_context_tokens=max_context_tokens,
+            batch_size=batch_size,
             keep_prefixes=keep_prefixes,
         )

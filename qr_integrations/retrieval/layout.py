@@ -1,8 +1,8 @@
 """The prompt, and where its parts are: spans are recorded while it is written, never searched for.
 
-``opening  Here are some paragraphs:  [1] title⏎text  [2] ...  instruction  Query: query  closing``
+``opening  Here are some paragraphs:  [1] title⏎text  [2] ...  task  instruction  Query: query  closing``
 
-Everything before the instruction is `shared`: it does not depend on the query and is read once per list of documents.
+Everything before the task is `shared`: it does not depend on the query and is read once per list of documents.
 """
 
 from collections.abc import Sequence
@@ -12,28 +12,47 @@ import numpy as np
 from jaxtyping import Int
 
 from qr_integrations.backend import Backend
+from qr_integrations.errors import InputError
 from qr_integrations.types import Document, Span
 
-FIND = "Please find information that are relevant to the following query in the paragraphs above."
-ANSWER = "Please answer the following question based on the information in the paragraphs above."
+FIND = "Please find information that are relevant to the following query in the paragraphs above.\n\nQuery: {query}"
+ANSWER = "Please answer the following question based on the information in the paragraphs above.\n\nQuery: {query}"
 _INTRO = "Here are some paragraphs:"
 Offsets = Int[np.ndarray, "token 2"]
 
 
 @dataclass(frozen=True, slots=True)
-class PromptStyle:
-    """How the published prompts differ from each other.
+class Query:
+    """What is asked.
 
     Attributes:
-        instruction: the sentence between documents and query (`FIND`, or `ANSWER` as ICR has for questions).
+        text: the question.
+        instruction: what counts as relevant, in words; a paragraph of its own in front of the question.
+    """
+
+    text: str
+    instruction: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class PromptStyle:
+    """How prompts differ from each other.
+
+    Attributes:
+        template: what stands after the documents, ``{query}`` in the question's place (`FIND`, or `ANSWER` as ICR has
+            for questions). Empty lines part paragraphs.
         strip: remove white space around query and passages, as ICR's code does.
         first_occurrence: place each document where its text first occurs in the prompt, as QRHead's code does: wrong
             for a document whose text is quoted by an earlier one. Only for reproducing published numbers.
     """
 
-    instruction: str = FIND
+    template: str = FIND
     strip: bool = False
     first_occurrence: bool = False
+
+    def __post_init__(self) -> None:
+        if self.template.count("{query}") != 1:
+            raise InputError(f"the prompt {self.template!r} has no place for the query: write {{query}} in it, once")
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +62,7 @@ class PromptLayout:
     Attributes:
         token_ids: the whole prompt, length T.
         documents: one span each, from the ``[`` of its number to the last character of its text.
-        query: the rows whose attention is averaged: instruction, query and closing, to the end of the prompt.
+        query: the rows whose attention is averaged: task, instruction, query and closing, to the end of the prompt.
         shared: what comes before; the same for every query over these documents.
         text: the prompt as text.
         offsets: ``[T, 2]`` characters of each token in `text`; None for tokenizers that cannot tell.
@@ -66,7 +85,7 @@ class PromptLayout:
         cls, backend: Backend, query: str, documents: Sequence[Document], style: PromptStyle | None = None
     ) -> "PromptLayout":
         """Write the prompt of `query` over `documents` for the model of `backend`."""
-        return PromptWriter(backend, style or PromptStyle()).write(query, documents)
+        return PromptWriter(backend, style or PromptStyle()).write(Query(query), documents)
 
 
 class PromptWriter:
@@ -75,7 +94,7 @@ class PromptWriter:
     def __init__(self, backend: Backend, style: PromptStyle) -> None:
         self._tokenizer, self._chat, self.style = backend.tokenizer, backend.chat, style
 
-    def write(self, query: str, documents: Sequence[Document]) -> PromptLayout:
+    def write(self, query: Query, documents: Sequence[Document]) -> PromptLayout:
         """The prompt of `query` over `documents`."""
         pieces, passages, texts = [self._chat.opening + _INTRO], [], []
         position = len(pieces[0])
@@ -96,7 +115,7 @@ class PromptWriter:
         rows = Span(spans[-1].start, len(ids))
         return PromptLayout(tuple(ids), tuple(spans[:-1]), rows, Span(0, rows.start), text, offsets, tuple(texts))
 
-    def rewrite(self, known: PromptLayout, query: str, documents: Sequence[Document]) -> PromptLayout:
+    def rewrite(self, known: PromptLayout, query: Query, documents: Sequence[Document]) -> PromptLayout:
         """The prompt of another query over the documents of `known`, without tokenizing the documents again.
 
         The end of the prompt is tokenized alone where that gave the same tokens for the known query.
@@ -125,9 +144,14 @@ class PromptWriter:
             title, text = (title.lstrip(), text.rstrip()) if title.strip() else ("", text.strip())
         return f"[{number}] {title}", text
 
-    def _tail(self, query: str) -> str:
-        query = query.strip() if self.style.strip else query
-        return f"{self.style.instruction}{self._chat.separator}Query: {query}{self._chat.closing}"
+    def _tail(self, query: Query) -> str:
+        text = query.text.strip() if self.style.strip else query.text
+        paragraphs = []
+        for paragraph in self.style.template.split("\n\n"):
+            if "{query}" in paragraph and query.instruction:
+                paragraphs.append(query.instruction)
+            paragraphs.append(paragraph.replace("{query}", text))
+        return self._chat.separator.join(paragraphs) + self._chat.closing
 
     def _encode(self, text: str, special: bool) -> tuple[list[int], Offsets | None]:
         fast = self._tokenizer.is_fast

@@ -5,9 +5,9 @@ from pathlib import Path
 
 from qr_integrations.backend import Backend
 from qr_integrations.retrieval.heads import HeadSet
-from qr_integrations.retrieval.layout import PromptStyle
+from qr_integrations.retrieval.layout import FIND, PromptStyle
 from qr_integrations.retrieval.reranker import AttentionReranker
-from qr_integrations.retrieval.windows import Overflow
+from qr_integrations.retrieval.windows import Truncation
 
 
 class QRHeadReranker(AttentionReranker):
@@ -32,9 +32,13 @@ class QRHeadReranker(AttentionReranker):
         *,
         heads: HeadSet | str | Path | Sequence[tuple[int, int]] = "auto",
         calibrated: bool = True,
-        overflow: Overflow = "error",
+        prompt: str | None = None,
+        instruction: str | None = None,
+        null_instruction: float = 0.0,
+        truncation: Truncation = "error",
         max_doc_tokens: int | None = None,
-        max_tokens: int | None = None,
+        max_context_tokens: int | None = None,
+        batch_size: int | None = None,
         keep_prefixes: int = 2,
         first_occurrence: bool = False,
     ) -> None:
@@ -43,10 +47,17 @@ class QRHeadReranker(AttentionReranker):
         heads: ``"auto"`` (shipped or published for the model), ``"all"``, a `HeadSet`, a file, or ``(layer, head)``
             pairs.
         calibrated: subtract the null query's attention (equation 3).
-        overflow: when documents exceed the window: ``"error"``, ``"head"`` cuts the longest at their ends until all
-            fit, ``"windows"`` ranks in several prompts and lets the best of each meet in a last one.
-        max_doc_tokens: cut every document to this many tokens.
-        max_tokens: window in tokens; None takes the model's own.
+        prompt: what stands after the documents, with ``{query}`` in it; None takes the published words.
+        instruction: what counts as relevant, in words, for every query; stands in front of the query. A rule for all
+            queries goes well with ``null_instruction=1``.
+        null_instruction: how much of the instruction the null query keeps, 0 to 1 (the lambda of arXiv 2609.17764).
+            With 0, what the instruction asks for counts; with 1, only what the query adds to it.
+        truncation: when documents exceed the window. ``"error"`` raises; ``"head"`` cuts the longest at their ends
+            until all fit, or ranks in several prompts where too little of them would be left; ``"chunk"`` cuts nothing:
+            long documents are ranked in pieces, by their best one. The best of several prompts meet in a last one.
+        max_doc_tokens: cut every document to this many tokens, or, with ``"chunk"``, into pieces of this many.
+        max_context_tokens: window in tokens; None takes the model's own.
+        batch_size: the most documents in one prompt.
         keep_prefixes: how many lists of documents stay in memory for further queries; 0 keeps none.
         first_occurrence: the authors' text search for spans, quirk included.
 
@@ -57,10 +68,13 @@ class QRHeadReranker(AttentionReranker):
         super().__init__(
             model,
             heads,
-            PromptStyle(first_occurrence=first_occurrence),
+            PromptStyle(prompt or FIND, first_occurrence=first_occurrence),
             calibrated=calibrated,
-            overflow=overflow,
+            instruction=instruction,
+            null_instruction=null_instruction,
+            truncation=truncation,
             max_doc_tokens=max_doc_tokens,
-            max_tokens=max_tokens,
+            max_context_tokens=max_context_tokens,
+            batch_size=batch_size,
             keep_prefixes=keep_prefixes,
         )

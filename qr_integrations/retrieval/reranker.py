@@ -4,24 +4,42 @@ documents -> windows that fit -> token scores -> document scores -> `Ranking`
 """
 
 import asyncio
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from jaxtyping import Float
 from torch import Tensor
 
 from qr_integrations.backend import Backend
 from qr_integrations.errors import InputError
-from qr_integrations.retrieval.explain import attended_words
+from qr_integrations.retrieval.explain import attended_words, strongest_spans
 from qr_integrations.retrieval.heads import HeadSet
-from qr_integrations.retrieval.layout import PromptStyle
+from qr_integrations.retrieval.layout import PromptLayout, PromptStyle, Query
 from qr_integrations.retrieval.scoring import score_documents, score_documents_per_head
 from qr_integrations.retrieval.token_scores import Contents, TokenScorer, contents
-from qr_integrations.retrieval.windows import Candidate, Overflow, fit
-from qr_integrations.types import Document, Ranking, ScoredDocument, ScoredSpan
+from qr_integrations.retrieval.windows import Candidate, Limits, Truncation, fit
+from qr_integrations.types import Document, Ranking, ScoredDocument, ScoredSpan, Span
 
 DocumentLike = str | Document | Mapping[str, Any]
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True, slots=True)
+class _Job:
+    """One call of `rank`: what it needs on its way through the windows. `explained` documents of each get spans."""
+
+    query: Query
+    explained: int = 0
+    max_spans: int | None = None
+
+
+class _Entrant(NamedTuple):
+    """A document in one prompt: its best piece there, and what came of it."""
+
+    piece: Candidate
+    item: ScoredDocument
 
 
 class AttentionReranker:
@@ -34,23 +52,45 @@ class AttentionReranker:
         style: PromptStyle,
         *,
         calibrated: bool = True,
-        overflow: Overflow = "error",
+        instruction: str | None = None,
+        null_instruction: float = 0.0,
+        truncation: Truncation = "error",
         max_doc_tokens: int | None = None,
-        max_tokens: int | None = None,
+        max_context_tokens: int | None = None,
+        batch_size: int | None = None,
         keep_prefixes: int = 2,
     ) -> None:
-        if overflow not in ("error", "head", "windows"):
-            raise InputError(f"unknown overflow {overflow!r}: pass 'error', 'head' or 'windows'")
-        for name, value in (("max_doc_tokens", max_doc_tokens), ("max_tokens", max_tokens)):
-            if value is not None and value < 1:
-                raise InputError(f"{name} must be at least 1, got {value}: pass None for no limit")
+        if not 0.0 <= null_instruction <= 1.0:
+            raise InputError(f"null_instruction is a share, got {null_instruction}: pass a number from 0 to 1")
+        limits = Limits(max_context_tokens, max_doc_tokens, batch_size, truncation)
         self.backend = model if isinstance(model, Backend) else Backend.load(model)
         self.heads = HeadSet.resolve(heads, self.backend)
-        self.overflow, self.max_doc_tokens = overflow, max_doc_tokens
-        self.max_tokens = max_tokens or self.backend.max_tokens
-        self._scorer = TokenScorer(self.backend, self.heads, style, calibrated=calibrated, keep_prefixes=keep_prefixes)
+        self.instruction = instruction
+        self.limits = replace(limits, max_context_tokens=max_context_tokens or self.backend.max_tokens)
+        self._scorer = TokenScorer(
+            self.backend,
+            self.heads,
+            style,
+            calibrated=calibrated,
+            null_instruction=null_instruction,
+            keep_prefixes=keep_prefixes,
+        )
 
-    def rank(self, query: str, documents: Sequence[DocumentLike], top_k: int | None = None) -> Ranking:
+    def __deepcopy__(self, memo: dict[int, Any]) -> "AttentionReranker":
+        """The same object: it has no settings that change, and weights are not to be copied."""
+        return self
+
+    def rank(
+        self,
+        query: str,
+        documents: Sequence[DocumentLike],
+        top_k: int | None = None,
+        *,
+        instruction: str | None = None,
+        explain: bool | int = False,
+        max_spans: int | None = 3,
+        progress: Progress | None = None,
+    ) -> Ranking:
         """Order `documents` by how much the query looks at them.
 
         Args:
@@ -58,21 +98,32 @@ class AttentionReranker:
             documents: strings, `Document`s, or mappings with ``text`` and perhaps ``title``, ``id``, ``metadata``. Not
                 changed.
             top_k: return the best `top_k` only; None returns all. All are scored either way.
+            instruction: what counts as relevant, in words; instead of the reranker's own.
+            explain: find the `spans` of each returned document, from the scores that rank it; a number: of the best so
+                many only.
+            max_spans: the strongest so many per document; None for all.
+            progress: called with the prompts done and the prompts in all; there are several where the documents do not
+                fit into one.
 
         Returns:
             Best first; ties keep the given order. No documents give an empty ranking without running the model.
 
         Raises:
             InputError: no query, or something that is no document.
-            WindowError: the prompt does not fit and `overflow` is ``"error"``, or the query alone does not fit.
+            WindowError: the prompt does not fit and `truncation` is ``"error"``, or the query alone does not fit.
             ScoreError: the model computed NaN.
         """
         given = as_documents(documents)
         _check_query(query, top_k)
         if not given:
             return Ranking(query, ())
-        windows = self._fit(query, given, self.overflow)
-        items = self._score(query, windows[0], 0) if len(windows) == 1 else self._play_off(query, windows)
+        explained = int(explain) if explain is not True else top_k or len(given)
+        job = _Job(self._query(query, instruction), explained, max_spans)
+        windows = self._fit(job.query, given, self.limits)
+        if len(windows) > 1:
+            items = self._play_off(job, windows, progress or _silent)
+        else:
+            items = [entrant.item for entrant in self._score(job, windows[0], 0)]
         return Ranking(query, tuple(items)).top(top_k)
 
     def rank_batch(
@@ -91,9 +142,11 @@ class AttentionReranker:
         rankings = {i: self.rank(queries[i], documents[i], top_k) for group in groups.values() for i in group}
         return [rankings[i] for i in range(len(queries))]
 
-    async def arank(self, query: str, documents: Sequence[DocumentLike], top_k: int | None = None) -> Ranking:
+    async def arank(
+        self, query: str, documents: Sequence[DocumentLike], top_k: int | None = None, **options: Any
+    ) -> Ranking:
         """`rank` in a worker thread, off the event loop."""
-        return await asyncio.to_thread(self.rank, query, documents, top_k)
+        return await asyncio.to_thread(self.rank, query, documents, top_k, **options)
 
     async def arank_batch(
         self, queries: Sequence[str], documents: Sequence[Sequence[DocumentLike]], top_k: int | None = None
@@ -109,17 +162,16 @@ class AttentionReranker:
         """
         given = as_documents(documents)
         _check_query(query, None)
-        read = [candidate.read for candidate in self._fit(query, given, "error")[0]]
-        layout, scores_KT = self._scorer.score(query, read, per_head=True)
+        asked = self._query(query, None)
+        read = [candidate.read for candidate in self._fit(asked, given, replace(self.limits, truncation="error"))[0]]
+        layout, scores_KT = self._scorer.score(asked, read, per_head=True)
         return score_documents_per_head(scores_KT, layout.documents)
 
     def explain(self, query: str, documents: Sequence[DocumentLike], index: int) -> list[ScoredSpan]:
-        """The words of document `index` (position in `documents`) with the part of its score that fell on each.
+        """Every word of document `index` (position in `documents`) with the part of its score that fell on it.
 
-        Call it after `rank` with the same documents: they are not read again.
-
-        Raises:
-            WindowError: the documents do not fit into one window, and `overflow` does not allow cutting them.
+        Call it after `rank` with the same documents: they are not read again. Of a long document in pieces, the words
+        of its first piece.
         """
         given = as_documents(documents)
         if not 0 <= index < len(given):
@@ -127,55 +179,95 @@ class AttentionReranker:
                 f"there is no document #{index} among {len(given)}: pass ScoredDocument.index of a ranking"
             )
         _check_query(query, None)
-        window = next(w for w in self._fit(query, given, self.overflow) if any(c.index == index for c in w))
-        layout, scores_KT = self._scorer.score(query, [candidate.read for candidate in window])
-        return attended_words(layout, scores_KT, [candidate.index for candidate in window].index(index))
+        asked = self._query(query, None)
+        window = next(w for w in self._fit(asked, given, self.limits) if any(c.index == index for c in w))
+        layout, scores_KT = self._scorer.score(asked, [candidate.read for candidate in window])
+        place = [candidate.index for candidate in window].index(index)
+        return _words(layout, scores_KT, place, window[place])
 
     def forget(self) -> None:
         """Free the kept prefixes."""
         self._scorer.forget()
 
-    def _fit(self, query: str, documents: Sequence[Document], overflow: Overflow) -> list[list[Candidate]]:
-        return fit(
-            documents,
-            lambda read: self._scorer.layout(query, read),
-            max_tokens=self.max_tokens,
-            max_doc_tokens=self.max_doc_tokens,
-            overflow=overflow,
-        )
+    def _query(self, query: str, instruction: str | None) -> Query:
+        return Query(query, instruction or self.instruction)
 
-    def _score(self, query: str, candidates: Sequence[Candidate], window: int) -> list[ScoredDocument]:
-        """One prompt, best first. Python's sort is stable, so ties keep their order."""
-        layout, scores_KT = self._scorer.score(query, [candidate.read for candidate in candidates])
+    def _fit(self, query: Query, documents: Sequence[Document], limits: Limits) -> list[list[Candidate]]:
+        return fit(documents, lambda read: self._scorer.layout(query, read), limits)
+
+    def _score(self, job: _Job, candidates: Sequence[Candidate], window: int) -> list[_Entrant]:
+        """One prompt, best first; of a document in several pieces, the best. A stable sort: ties keep their order."""
+        layout, scores_KT = self._scorer.score(job.query, [candidate.read for candidate in candidates])
         scores = score_documents(scores_KT, layout.documents).tolist()
-        items = [
-            ScoredDocument(c.index, score, c.given, c.num_tokens, c.num_tokens_cut, window)
-            for c, score in zip(candidates, scores, strict=True)
-        ]
-        return sorted(items, key=lambda item: -item.score)
+        best: dict[int, int] = {}  # document -> place of its best piece in the prompt
+        for place in sorted(range(len(scores)), key=lambda place: -scores[place]):
+            best.setdefault(candidates[place].index, place)
+        entrants = []
+        for index, place in best.items():
+            piece, spans = candidates[place], ()
+            if len(entrants) < job.explained:
+                words = _words(layout, scores_KT, place, piece)
+                spans = tuple(strongest_spans(piece.given.text, words, job.max_spans))
+            tokens, cut = piece.document_tokens, piece.num_tokens_cut
+            item = ScoredDocument(index, scores[place], piece.given, tokens, cut, window, spans)
+            entrants.append(_Entrant(piece, item))
+        return entrants
 
-    def _play_off(self, query: str, windows: Sequence[Sequence[Candidate]]) -> list[ScoredDocument]:
+    def _play_off(self, job: _Job, windows: Sequence[Sequence[Candidate]], progress: Progress) -> list[ScoredDocument]:
         """Scores of different windows are shares of different wholes, so the best of each window meet in a final one.
 
-        As many as fit go on, the windows taking turns; the others follow by their place in their own window.
+        As many as fit go on, the windows taking turns. The others follow, by their scores times what the finalists of
+        their window gained or lost in the final, and never above the last finalist.
         """
-        candidates = {candidate.index: candidate for window in windows for candidate in window}
-        heats = [self._score(query, window, number) for number, window in enumerate(windows)]
+        heats = []
+        for number, window in enumerate(windows):
+            heats.append(self._score(job, window, number))
+            progress(number + 1, len(windows) + 1)
+        chosen = self._finalists(heats, room=max(sum(c.num_tokens for c in window) for window in windows))
+        final = [e.item for e in self._score(job, sorted(chosen, key=lambda c: (c.index, c.start)), len(windows))]
+        progress(len(windows) + 1, len(windows) + 1)
+        return final + _others(heats, final)
+
+    def _finalists(self, heats: Sequence[Sequence[_Entrant]], room: int) -> list[Candidate]:
+        """The best of every window, then the second ... while they fit; each document once."""
         places = sorted(
-            ((place, -item.score, item) for heat in heats for place, item in enumerate(heat)),
+            ((place, -entrant.item.score, entrant.piece) for heat in heats for place, entrant in enumerate(heat)),
             key=lambda entry: entry[:2],
         )
-        in_turn = [item for _, _, item in places]
-        room = max(sum(candidate.num_tokens for candidate in window) for window in windows)
-        final: list[ScoredDocument] = []
-        for item in in_turn:
-            if sum(other.num_tokens for other in final) + item.num_tokens > room:
+        chosen: dict[int, Candidate] = {}
+        for _, _, piece in places:
+            room -= 0 if piece.index in chosen else piece.num_tokens
+            if room < 0 or len(chosen) == self.limits.batch_size:
                 break
-            final.append(item)
-        met = self._score(
-            query, [candidates[item.index] for item in sorted(final, key=lambda i: i.index)], len(windows)
-        )
-        return met + in_turn[len(final) :]
+            chosen.setdefault(piece.index, piece)
+        return list(chosen.values())
+
+
+def _others(heats: Sequence[Sequence[_Entrant]], final: Sequence[ScoredDocument]) -> list[ScoredDocument]:
+    """The documents that did not reach the final, on its scale as far as that can be told."""
+    reached = {item.index: item.score for item in final}
+    others: dict[int, ScoredDocument] = {}
+    for heat in heats:
+        here = sum(max(0.0, e.item.score) for e in heat if e.item.index in reached)
+        there = sum(max(0.0, reached[e.item.index]) for e in heat if e.item.index in reached)
+        scale = there / here if there > 0 and here > 0 else 1.0
+        for item in (e.item for e in heat if e.item.index not in reached):
+            scaled = replace(item, score=item.score * scale)
+            if item.index not in others or others[item.index].score < scaled.score:
+                others[item.index] = scaled
+    last = final[-1].score
+    in_order = sorted(others.values(), key=lambda item: (-item.score, item.index))
+    return [replace(item, score=min(item.score, last)) for item in in_order]
+
+
+def _words(layout: PromptLayout, scores_KT: Float[Tensor, "K T"], place: int, piece: Candidate) -> list[ScoredSpan]:
+    """The words of a document in the prompt, by their characters in the text that the caller gave."""
+    read = layout.text[layout.texts[place].slice()]
+    shift = piece.start + piece.read.text.index(read)  # a prompt may leave out white space at the ends
+    return [
+        replace(word, span=Span(word.span.start + shift, word.span.stop + shift))
+        for word in attended_words(layout, scores_KT, place)
+    ]
 
 
 def as_documents(documents: Sequence[DocumentLike]) -> list[Document]:
@@ -201,6 +293,10 @@ def _as_document(index: int, given: DocumentLike) -> Document:
             f"document #{index} has no text: pass a string, a Document, or a mapping with 'text' (and 'title')"
         )
     return document
+
+
+def _silent(done: int, total: int) -> None:
+    pass
 
 
 def _check_query(query: str, top_k: int | None) -> None:

@@ -17,13 +17,15 @@ NUM_STD = 2.0
 Order = Literal["sum_then_filter", "filter_then_sum"]
 
 
-def calibrate(query_KT: Float[Tensor, "K T1"], null_KT: Float[Tensor, "K T2"]) -> Float[Tensor, "K T3"]:
+def calibrate(
+    query_KT: Float[Tensor, "K T1"], null_KT: Float[Tensor, "K T2"], weight: float = 1.0
+) -> Float[Tensor, "K T3"]:
     """Subtract what any query would get: the null query's attention, token by token (equation 3).
 
-    The longer one is cut to the shorter: the documents lie before both queries.
+    The longer one is cut to the shorter: the documents lie before both queries. `weight` is for several null queries.
     """
     num_tokens = min(query_KT.shape[-1], null_KT.shape[-1])
-    return query_KT[:, :num_tokens] - null_KT[:, :num_tokens]
+    return query_KT[:, :num_tokens] - weight * null_KT[:, :num_tokens]
 
 
 def drop_outliers(scores_KT: Float[Tensor, "K T"]) -> Float[Tensor, "K T"]:

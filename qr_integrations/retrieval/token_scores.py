@@ -13,12 +13,13 @@ from torch import Tensor
 
 from qr_integrations.backend import AttentionTap, Backend, Prefix
 from qr_integrations.retrieval.heads import HeadSet
-from qr_integrations.retrieval.layout import PromptLayout, PromptStyle, PromptWriter
+from qr_integrations.retrieval.layout import PromptLayout, PromptStyle, PromptWriter, Query
 from qr_integrations.retrieval.scoring import calibrate
 from qr_integrations.types import Document
 
 NULL_QUERY = "N/A"
 _KEEP_LAYOUTS = 4
+_KEEP_NULLS = 8  # per list of documents: one per instruction, and those per head
 Contents = tuple[tuple[str | None, str], ...]
 
 
@@ -34,31 +35,43 @@ class _Known:
     documents: tuple[Document, ...]
     layout: PromptLayout  # of the null query
     prefix: Prefix | None = None
-    null: dict[bool, Tensor] = field(default_factory=dict)  # per head? -> scores
+    null: dict[tuple[bool, str | None], Tensor] = field(default_factory=dict)  # per head?, instruction -> scores
 
 
 class TokenScorer:
     """Scores the tokens of documents for a query: the query's attention minus the null query's.
+
+    `null_instruction` is the share of the null query that keeps the query's instruction (the lambda of arXiv
+    2609.17764): 0 leaves it out, so that what the instruction asks for counts; 1 keeps it, so that only what the
+    question adds to it counts; between, two null queries are mixed.
 
     The keys and values of the documents, and the null query's scores, are kept for the last `keep_prefixes` lists, so
     that another query over the same documents costs its own tokens only. Safe to share between threads.
     """
 
     def __init__(
-        self, backend: Backend, heads: HeadSet, style: PromptStyle, *, calibrated: bool, keep_prefixes: int
+        self,
+        backend: Backend,
+        heads: HeadSet,
+        style: PromptStyle,
+        *,
+        calibrated: bool,
+        null_instruction: float,
+        keep_prefixes: int,
     ) -> None:
         self.backend, self.heads, self.calibrated = backend, heads, calibrated
+        self.null_instruction = null_instruction
         self._writer = PromptWriter(backend, style)
         self._keep = keep_prefixes
         self._known: OrderedDict[Contents, _Known] = OrderedDict()
         self._lock = threading.Lock()
 
-    def layout(self, query: str, documents: Sequence[Document]) -> PromptLayout:
+    def layout(self, query: Query, documents: Sequence[Document]) -> PromptLayout:
         """The prompt, without running the model."""
         return self._layout(self._recall(documents), query)
 
     def score(
-        self, query: str, documents: Sequence[Document], *, per_head: bool = False
+        self, query: Query, documents: Sequence[Document], *, per_head: bool = False
     ) -> tuple[PromptLayout, Float[Tensor, "K T"]]:
         """The prompt's layout, and the calibrated score of every token before the query.
 
@@ -70,17 +83,37 @@ class TokenScorer:
             shared = layout.token_ids[layout.shared.slice()]
             if known.prefix is None or known.prefix.token_ids != shared:
                 known.prefix = self.backend.prefill(shared, top_layer=self.heads.top_layer)
-            if self.calibrated and per_head not in known.null:
-                known.null[per_head] = self._attention(known.layout, known.prefix, per_head)
+            nulls = [(w, self._null(known, per_head, text)) for w, text in self._null_weights(query)]
             prefix = known.prefix
             self._trim()
         scores_KT = self._attention(layout, prefix, per_head)
-        return layout, calibrate(scores_KT, known.null[per_head]) if self.calibrated else scores_KT
+        for weight, null_KT in nulls:
+            scores_KT = calibrate(scores_KT, null_KT, weight)
+        return layout, scores_KT
 
     def forget(self) -> None:
         """Free what is kept."""
         with self._lock:
             self._known.clear()
+
+    def _null_weights(self, query: Query) -> list[tuple[float, str | None]]:
+        """The null queries to subtract, by their instruction, and how much of each."""
+        if not self.calibrated:
+            return []
+        kept = self.null_instruction if query.instruction else 0.0
+        return [(weight, text) for weight, text in ((1.0 - kept, None), (kept, query.instruction)) if weight > 0.0]
+
+    def _null(self, known: _Known, per_head: bool, instruction: str | None) -> Float[Tensor, "K T"]:
+        """What the null query attends to, computed once per list of documents and instruction."""
+        key = per_head, instruction
+        if key not in known.null:
+            assert known.prefix is not None
+            layout = self._layout(known, Query(NULL_QUERY, instruction)) if instruction else known.layout
+            known.null[key] = self._attention(layout, known.prefix, per_head)
+        known.null[key] = scores_KT = known.null.pop(key)  # the latest stands last
+        while len(known.null) > _KEEP_NULLS:
+            del known.null[next(iter(known.null))]
+        return scores_KT
 
     def _attention(self, layout: PromptLayout, prefix: Prefix, per_head: bool) -> Float[Tensor, "K T"]:
         tap = AttentionTap(self.heads.heads, layout.query)
@@ -88,7 +121,7 @@ class TokenScorer:
         scores_KT = rows[0, :, layout.shared.slice()]
         return scores_KT if per_head else scores_KT.sum(0, keepdim=True)
 
-    def _layout(self, known: _Known, query: str) -> PromptLayout:
+    def _layout(self, known: _Known, query: Query) -> PromptLayout:
         return self._writer.rewrite(known.layout, query, known.documents)
 
     def _recall(self, documents: Sequence[Document]) -> _Known:
@@ -96,7 +129,7 @@ class TokenScorer:
         with self._lock:
             known = self._known.get(key)
         if known is None:
-            known = _Known(tuple(documents), self._writer.write(NULL_QUERY, documents))
+            known = _Known(tuple(documents), self._writer.write(Query(NULL_QUERY), documents))
         with self._lock:
             known = self._known.setdefault(key, known)  # another thread may have laid out the same list meanwhile
             self._known.move_to_end(key)

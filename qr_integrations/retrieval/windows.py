@@ -1,17 +1,21 @@
 """What to do when the documents do not fit into the model's window. All lengths, caps and budgets are tokens."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
-from qr_integrations.errors import WindowError
+import numpy as np
+
+from qr_integrations.errors import InputError, WindowError
+from qr_integrations.retrieval.chunks import chunk
 from qr_integrations.retrieval.layout import PromptLayout, shorten
 from qr_integrations.types import Document
 
-Overflow = Literal["error", "head", "windows"]
+Truncation = Literal["error", "head", "chunk"]
 _TAIL_STEP = 64  # room for the query is rounded up to this, so that most queries cut documents alike and share a prefix
 _MARGIN = 2  # tokens per document: a cut text may tokenize a little longer at its end
-_PER_WINDOW = 4  # with overflow="windows", at least this many documents meet in a window
+_PER_WINDOW = 4  # where several prompts are needed, at least this many documents or pieces meet in one
+_LEAST_HEAD = 256  # rather several prompts than cut documents below this, where a window has room for it
 _LEAST = 8  # a document of fewer tokens is not worth reading
 
 
@@ -26,24 +30,27 @@ def fair_cap(lengths: Sequence[int], budget: int) -> int:
     return max(lengths, default=0)
 
 
-def pack(lengths: Sequence[int], budget: int) -> list[list[int]]:
-    """Consecutive documents into as few windows as they need, filled evenly; one longer than `budget` stands alone."""
-    num_windows = _fill(lengths, budget, budget)
+def pack(lengths: Sequence[int], budget: int, max_count: int | None = None) -> list[list[int]]:
+    """Consecutive documents into as few windows as they need, filled evenly; one longer than `budget` stands alone.
+
+    `max_count` limits the documents per window.
+    """
+    num_windows = _fill(lengths, budget, budget, max_count)
     low, high = max(1, sum(lengths) // max(1, len(num_windows))), budget
     while low < high:  # the smallest fill that needs no further window: the last one is not left almost empty
         middle = (low + high) // 2
-        if len(_fill(lengths, middle, budget)) > len(num_windows):
+        if len(_fill(lengths, middle, budget, max_count)) > len(num_windows):
             low = middle + 1
         else:
             high = middle
-    return _fill(lengths, high, budget)
+    return _fill(lengths, high, budget, max_count)
 
 
-def _fill(lengths: Sequence[int], fill: int, budget: int) -> list[list[int]]:
+def _fill(lengths: Sequence[int], fill: int, budget: int, max_count: int | None) -> list[list[int]]:
     windows: list[list[int]] = []
     used = 0
     for index, length in enumerate(lengths):
-        if not windows or used + length > min(fill, budget):
+        if not windows or used + length > min(fill, budget) or len(windows[-1]) == max_count:
             windows.append([])
             used = 0
         windows[-1].append(index)
@@ -53,69 +60,161 @@ def _fill(lengths: Sequence[int], fill: int, budget: int) -> list[list[int]]:
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """A document on its way: where it came from, what is read of it, and how long that is."""
+    """A document, or a piece of one, on its way into a prompt.
+
+    Attributes:
+        index: which of the caller's documents.
+        given: that document.
+        read: what of it is read.
+        num_tokens: how long that is.
+        document_tokens: how much of the document is read in all pieces together.
+        num_tokens_cut: how much is not read.
+        start: the character of the given text at which `read` begins.
+    """
 
     index: int
     given: Document
     read: Document
     num_tokens: int
+    document_tokens: int
     num_tokens_cut: int = 0
+    start: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """How much is read at a time. None: no limit.
+
+    Attributes:
+        max_context_tokens: the window.
+        max_doc_tokens: the most that is read of one document, or of a piece.
+        batch_size: the most documents or pieces in one prompt.
+        truncation: ``"error"`` cuts nothing and takes one prompt; ``"head"`` cuts the longest documents at their ends
+            until all fit into one prompt, or into several if that would leave little of them; ``"chunk"`` cuts nothing:
+            long documents are ranked in pieces, in as many prompts as they need.
+    """
+
+    max_context_tokens: int | None = None
+    max_doc_tokens: int | None = None
+    batch_size: int | None = None
+    truncation: Truncation = "error"
+
+    def __post_init__(self) -> None:
+        if self.truncation not in ("error", "head", "chunk"):
+            raise InputError(f"unknown truncation {self.truncation!r}: pass 'error', 'head' or 'chunk'")
+        for name in ("max_context_tokens", "max_doc_tokens", "batch_size"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise InputError(f"{name} must be at least 1, got {value}: pass None for no limit")
 
 
 def fit(
-    documents: Sequence[Document],
-    layout_of: Callable[[Sequence[Document]], PromptLayout],
-    *,
-    max_tokens: int | None,
-    max_doc_tokens: int | None,
-    overflow: Overflow,
+    documents: Sequence[Document], layout_of: Callable[[Sequence[Document]], PromptLayout], limits: Limits
 ) -> list[list[Candidate]]:
-    """Spread documents over windows of at most `max_tokens`, cutting and splitting as `overflow` allows.
+    """Spread documents over windows, cutting and splitting as `limits` allow.
 
     Args:
         documents: what the caller gave.
         layout_of: writes the prompt of the query over some documents.
-        max_tokens: the model's window; None for no limit.
-        max_doc_tokens: cut every document to this.
-        overflow: ``"error"``, ``"head"`` (cut the longest documents until all fit) or ``"windows"`` (several prompts).
+        limits: how much is read at a time.
 
     Raises:
         WindowError: it does not fit; the message does the arithmetic.
     """
     layout = whole = layout_of(documents)
-    candidates = _cut(documents, whole, max_doc_tokens)
-    if any(candidate.num_tokens_cut for candidate in candidates):
+    candidates = _limited(documents, whole, limits, limits.max_doc_tokens)
+    if len(candidates) > len(documents) or any(candidate.num_tokens_cut for candidate in candidates):
         layout = layout_of([candidate.read for candidate in candidates])
-    if max_tokens is None or len(layout) <= max_tokens:
+    if _fits(layout, limits):
         return [candidates]
-    if overflow == "error":
+    window = limits.max_context_tokens
+    if limits.truncation == "error" and window is not None and len(layout) > window:
         raise WindowError(
-            f"{_arithmetic(layout, max_tokens)}: pass overflow='head' to cut documents, overflow='windows' for several "
-            "prompts, or max_doc_tokens=..."
+            f"{_arithmetic(layout, window)}: pass truncation='head' to cut documents, truncation='chunk' for pieces in "
+            "several prompts, or fewer documents"
         )
-    lengths = [len(span) for span in layout.documents]
-    tail = -(-len(layout.query) // _TAIL_STEP) * _TAIL_STEP
-    room = max_tokens - tail - (len(layout.shared) - sum(lengths)) - _MARGIN * len(documents)
-    cap = fair_cap(lengths, room) if overflow == "head" else room // _PER_WINDOW
-    if cap < _LEAST:
+    gap = _widest_gap(whole)
+    if window is None:
+        room = sum(len(span) + gap for span in layout.documents)
+    else:
+        tail = -(-len(layout.query) // _TAIL_STEP) * _TAIL_STEP
+        room = window - tail - whole.documents[0].start - gap
+    cap = _cap([candidate.num_tokens + gap for candidate in candidates], room, limits) - gap
+    if cap < _LEAST and window is not None:
         raise WindowError(
-            f"{_arithmetic(layout, max_tokens)}, which leaves {max(0, cap)} per document; fewer than {_LEAST} are "
-            "not worth reading: pass fewer documents, a shorter query, or overflow='windows'"
+            f"{_arithmetic(layout, window)}, which leaves {max(0, cap)} per document; fewer than {_LEAST} are "
+            "not worth reading: pass a shorter query, or a larger max_context_tokens"
         )
-    candidates = _cut(documents, whole, min(cap, max_doc_tokens or cap))
-    if overflow == "head":
-        return [candidates]
-    return [[candidates[i] for i in window] for window in pack([c.num_tokens for c in candidates], room)]
+    if limits.truncation != "error":
+        candidates = _limited(documents, whole, limits, min(cap, limits.max_doc_tokens or cap))
+    costs = [candidate.num_tokens + gap for candidate in candidates]
+    return [[candidates[i] for i in numbers] for numbers in pack(costs, room, limits.batch_size)]
 
 
-def _cut(documents: Sequence[Document], layout: PromptLayout, cap: int | None) -> list[Candidate]:
+def _fits(layout: PromptLayout, limits: Limits) -> bool:
+    window, count = limits.max_context_tokens, limits.batch_size
+    return (window is None or len(layout) <= window) and (count is None or len(layout.documents) <= count)
+
+
+def _widest_gap(layout: PromptLayout) -> int:
+    """Tokens that a document needs beside its own: what stands between documents, and a margin."""
+    ends = [*(span.start for span in layout.documents[1:]), layout.query.start]
+    return _MARGIN + max(after - span.stop for span, after in zip(layout.documents, ends, strict=True))
+
+
+def _cap(costs: Sequence[int], room: int, limits: Limits) -> int:
+    """The most that is read of one document, its gap included."""
+    if limits.max_context_tokens is None:
+        return room
+    several = room // _PER_WINDOW
+    if limits.truncation == "head" and len(costs) <= (limits.batch_size or len(costs)):
+        fair = fair_cap(costs, room)
+        if fair >= min(_LEAST_HEAD, several):
+            return fair
+    return several
+
+
+def _limited(documents: Sequence[Document], layout: PromptLayout, limits: Limits, cap: int | None) -> list[Candidate]:
+    """Every document whole, or as much of it as `cap` allows: its head, or its pieces one after the other."""
     candidates = []
     for i, document in enumerate(documents):
         length = len(layout.documents[i])
-        kept = length if cap is None else min(length, cap)
-        read = shorten(layout, i, document, kept)
-        candidates.append(Candidate(i, document, read, kept, length - kept))
+        if cap is None or length <= cap:
+            candidates.append(Candidate(i, document, document, length, length))
+        elif limits.truncation == "head":
+            candidates.append(Candidate(i, document, shorten(layout, i, document, cap), cap, cap, length - cap))
+        elif limits.truncation == "chunk":
+            candidates += _pieces(layout, i, document, cap)
+        else:
+            raise WindowError(
+                f"document #{i} has {length:,} tokens, more than max_doc_tokens={cap:,}: pass truncation='head' to cut "
+                "it or truncation='chunk' to read it in pieces"
+            )
     return candidates
+
+
+def _pieces(layout: PromptLayout, index: int, document: Document, cap: int) -> list[Candidate]:
+    """Consecutive pieces of a document, each under its title."""
+    span, chars = layout.documents[index], layout.texts[index]
+    text = layout.text[chars.slice()]
+    if layout.offsets is None:
+        starts = np.arange(len(span)) * len(text) // len(span)
+    else:
+        in_text = layout.offsets[span.slice(), 0] - chars.start
+        starts = np.maximum(in_text[in_text >= 0], 0)
+    title = len(span) - len(starts)
+    before = document.text.index(text)  # white space that the prompt leaves out
+    return [
+        Candidate(
+            index,
+            document,
+            replace(document, text=text[piece.slice()]),
+            title + int(((starts >= piece.start) & (starts < piece.stop)).sum()),
+            len(span),
+            start=before + piece.start,
+        )
+        for piece in chunk(text, starts, max(_LEAST, cap - title))
+    ] or [Candidate(index, document, document, len(span), len(span))]
 
 
 def _arithmetic(layout: PromptLayout, max_tokens: int) -> str:

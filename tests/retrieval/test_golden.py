@@ -71,14 +71,14 @@ def test_recorded_spans_differ_from_searched_ones_only_where_a_text_is_quoted() 
 @pytest.mark.parametrize("case", CASES, ids=ids)
 def test_token_scores_before_and_after_calibration(case: dict[str, Any], arrays: Any) -> None:
     from qr_integrations import HeadSet
-    from qr_integrations.retrieval.layout import PromptStyle
+    from qr_integrations.retrieval.layout import PromptStyle, Query
     from qr_integrations.retrieval.token_scores import TokenScorer
 
     heads, style = HeadSet.of(head_list(case)), PromptStyle(first_occurrence=True)
-    raw = TokenScorer(backend(case), heads, style, calibrated=False, keep_prefixes=1)
-    calibrated = TokenScorer(backend(case), heads, style, calibrated=True, keep_prefixes=1)
-    layout, scores = raw.score(case["query"], documents(case), per_head=True)
-    _, difference = calibrated.score(case["query"], documents(case), per_head=True)
+    raw = TokenScorer(backend(case), heads, style, calibrated=False, null_instruction=0.0, keep_prefixes=1)
+    calibrated = TokenScorer(backend(case), heads, style, calibrated=True, null_instruction=0.0, keep_prefixes=1)
+    layout, scores = raw.score(Query(case["query"]), documents(case), per_head=True)
+    _, difference = calibrated.score(Query(case["query"]), documents(case), per_head=True)
     shared = layout.shared.slice()
     query, null = (arrays[f"{case['id']}/{name}"][:, shared] for name in ("query_scores", "null_scores"))
     np.testing.assert_allclose(scores.numpy(), query, rtol=0, atol=PER_TOKEN)

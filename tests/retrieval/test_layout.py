@@ -113,13 +113,13 @@ def test_a_document_span_covers_its_text_and_no_neighbour(name: str) -> None:
 @pytest.mark.parametrize("name", TOKENIZERS)
 def test_rewriting_the_query_equals_writing_afresh(name: str) -> None:
     from qr_integrations import Document
-    from qr_integrations.retrieval.layout import PromptStyle, PromptWriter
+    from qr_integrations.retrieval.layout import PromptStyle, PromptWriter, Query
 
     documents = [Document(text) for text in TEXTS]
     writer = PromptWriter(backend(TOKENIZERS[name]()), PromptStyle())
-    known = writer.write("N/A", documents)
+    known = writer.write(Query("N/A"), documents)
     for query in ["who wrote dracula", " spaced\n\n", "東京 🙂", "\u0301combining", "x" * 500]:
-        ours, fresh = writer.rewrite(known, query, documents), writer.write(query, documents)
+        ours, fresh = writer.rewrite(known, Query(query), documents), writer.write(Query(query), documents)
         assert ours.token_ids == fresh.token_ids and ours.text == fresh.text
         assert (ours.documents, ours.query, ours.shared, ours.texts) == (
             fresh.documents,

@@ -63,6 +63,7 @@ def test_warm_equals_cold_and_fresh(qr_mini: Any) -> None:
 
 def test_known_documents_are_not_read_again(qr_mini: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     from qr_integrations import QRHeadReranker
+    from qr_integrations.retrieval.layout import Query
 
     reranker = QRHeadReranker(qr_mini)
     lengths: list[int] = []
@@ -74,7 +75,7 @@ def test_known_documents_are_not_read_again(qr_mini: Any, monkeypatch: pytest.Mo
 
     monkeypatch.setattr(type(qr_mini.decoder), "forward", counted)
     reranker.rank(QUERIES[0], DOCUMENTS)
-    layout = reranker._scorer.layout(QUERIES[0], _documents())
+    layout = reranker._scorer.layout(Query(QUERIES[0]), _documents())
     assert lengths[0] == len(layout.shared) and len(lengths) == 3  # documents, null query, query
     lengths.clear()
     reranker.rank(QUERIES[0], DOCUMENTS)
@@ -106,7 +107,7 @@ def test_keep_prefixes_counts_what_was_read(qr_mini: Any, monkeypatch: pytest.Mo
         assert len(reads) == expected, keep
         assert sum(known.prefix is not None for known in reranker._scorer._known.values()) == keep
     reads.clear()
-    cutting = QRHeadReranker(qr_mini, keep_prefixes=1, overflow="head", max_tokens=150)
+    cutting = QRHeadReranker(qr_mini, keep_prefixes=1, truncation="head", max_context_tokens=150)
     for query in QUERIES:
         cutting.rank(query, [text * 4 for text in DOCUMENTS])
     assert len(reads) == 1  # the whole list is laid out for its lengths, only the cut one is read and kept
@@ -229,7 +230,14 @@ def test_bad_options(qr_mini: Any, reranker: Any) -> None:
     from qr_integrations import ICRReranker, QRHeadReranker
     from qr_integrations.errors import InputError
 
-    options: list[dict[str, Any]] = [{"overflow": "cut"}, {"max_doc_tokens": 0}, {"max_tokens": -1}]
+    options: list[dict[str, Any]] = [
+        {"truncation": "cut"},
+        {"max_doc_tokens": 0},
+        {"max_context_tokens": -1},
+        {"batch_size": 0},
+        {"null_instruction": 2},
+        {"prompt": "no place"},
+    ]
     for wrong in options:
         with pytest.raises(InputError, match="pass"):
             QRHeadReranker(qr_mini, **wrong)
@@ -250,11 +258,12 @@ def test_without_calibration_the_scores_are_attention_shares(qr_mini: Any) -> No
 
 
 def test_score_per_head_sums_to_the_detection_order(qr_mini: Any, reranker: Any) -> None:
+    from qr_integrations.retrieval.layout import Query
     from qr_integrations.retrieval.scoring import score_documents
 
     per_head = reranker.score_per_head(QUERIES[0], DOCUMENTS)
     assert per_head.shape == (len(reranker.heads), 4)
-    layout, tokens = reranker._scorer.score(QUERIES[0], _documents(), per_head=True)
+    layout, tokens = reranker._scorer.score(Query(QUERIES[0]), _documents(), per_head=True)
     expected = score_documents(tokens, layout.documents, order="filter_then_sum")
     torch.testing.assert_close(per_head.sum(0), expected)
 

@@ -46,7 +46,7 @@ def test_error_does_the_arithmetic(qr_mini: Any) -> None:
     from qr_integrations import QRHeadReranker
     from qr_integrations.errors import WindowError
 
-    reranker = QRHeadReranker(qr_mini, max_tokens=300)
+    reranker = QRHeadReranker(qr_mini, max_context_tokens=300)
     with pytest.raises(WindowError, match=r"needs [\d,]+ tokens \(3 documents, longest #1 .*holds 300.*pass"):
         reranker.rank("what does the document say", texts([10, 90, 20]))
 
@@ -55,7 +55,9 @@ def test_head_cuts_the_longest_and_says_so(qr_mini: Any) -> None:
     from qr_integrations import QRHeadReranker
 
     given = texts([1, 90, 20, 200])
-    ranking = QRHeadReranker(qr_mini, max_tokens=300, overflow="head").rank("what does the document say", given)
+    ranking = QRHeadReranker(qr_mini, max_context_tokens=300, truncation="head").rank(
+        "what does the document say", given
+    )
     cut = {item.index: item.num_tokens_cut for item in ranking}
     assert sorted(cut) == [0, 1, 2, 3] and cut[0] == 0 and cut[3] > cut[1] > 0
     assert {item.window for item in ranking} == {0} and all(item.document.text == given[item.index] for item in ranking)
@@ -64,7 +66,7 @@ def test_head_cuts_the_longest_and_says_so(qr_mini: Any) -> None:
 def test_queries_of_similar_length_share_the_prefix_of_cut_documents(qr_mini: Any) -> None:
     from qr_integrations import QRHeadReranker
 
-    reranker = QRHeadReranker(qr_mini, max_tokens=300, overflow="head")
+    reranker = QRHeadReranker(qr_mini, max_context_tokens=300, truncation="head")
     given = texts([90, 90, 20, 200])
     first, second = (reranker.rank(q, given) for q in ("what does it say", "which of these documents is about rivers"))
     assert {i.index: i.num_tokens for i in first} == {i.index: i.num_tokens for i in second}
@@ -75,7 +77,7 @@ def test_windows_rank_everything_and_the_winners_meet(qr_mini: Any) -> None:
 
     given = [*texts([20] * 11), "Bram Stoker wrote Dracula, a novel about a vampire. " + "the mountain " * 40]
     given.insert(3, given.pop())
-    reranker = QRHeadReranker(qr_mini, max_tokens=700, overflow="windows")
+    reranker = QRHeadReranker(qr_mini, max_context_tokens=700, truncation="head")
     ranking = reranker.rank("who wrote dracula", given)
     assert sorted(ranking.order) == list(range(12)) and ranking.order[0] == 3
     numbers = [item.window for item in ranking]
@@ -87,26 +89,30 @@ def test_windows_rank_everything_and_the_winners_meet(qr_mini: Any) -> None:
 def test_max_doc_tokens_cuts_every_document(qr_mini: Any) -> None:
     from qr_integrations import QRHeadReranker
 
-    ranking = QRHeadReranker(qr_mini, max_doc_tokens=30).rank("what does it say", texts([1, 50, 80]))
+    ranking = QRHeadReranker(qr_mini, max_doc_tokens=30, truncation="head").rank("what does it say", texts([1, 50, 80]))
     assert all(item.num_tokens <= 30 for item in ranking)
     assert {item.index for item in ranking if item.num_tokens_cut} == {1, 2}
 
 
-@pytest.mark.parametrize("overflow", ["head", "windows", "error"])
-def test_a_query_longer_than_the_window(qr_mini: Any, overflow: Any) -> None:
+@pytest.mark.parametrize("truncation", ["head", "chunk", "error"])
+def test_a_query_longer_than_the_window(qr_mini: Any, truncation: Any) -> None:
     from qr_integrations import QRHeadReranker
     from qr_integrations.errors import WindowError
 
-    reranker = QRHeadReranker(qr_mini, max_tokens=300, overflow=overflow)
-    with pytest.raises(WindowError, match=r"shorter query|pass overflow"):
+    reranker = QRHeadReranker(qr_mini, max_context_tokens=300, truncation=truncation)
+    with pytest.raises(WindowError, match=r"shorter query|pass truncation"):
         reranker.rank("why " * 400, texts([3, 3]))
 
 
-@pytest.mark.parametrize("overflow", ["head", "windows"])
-def test_a_document_of_100_000_words(qr_mini: Any, overflow: Any) -> None:
+@pytest.mark.parametrize("truncation", ["head", "chunk"])
+def test_a_document_of_100_000_words(qr_mini: Any, truncation: Any) -> None:
     from qr_integrations import QRHeadReranker
 
     given = ["the king of the mountain " * 20_000, "Bram Stoker wrote Dracula.", "Cats sleep."]
-    ranking = QRHeadReranker(qr_mini, overflow=overflow, max_tokens=2048).rank("who wrote dracula", given)
+    ranking = QRHeadReranker(qr_mini, truncation=truncation, max_context_tokens=2048).rank("who wrote dracula", given)
     assert sorted(ranking.order) == [0, 1, 2] and ranking.order[0] == 1
-    assert next(item for item in ranking if item.index == 0).num_tokens_cut > 90_000
+    longest = next(item for item in ranking if item.index == 0)
+    if truncation == "head":
+        assert longest.num_tokens_cut > 90_000
+    else:  # read whole, in pieces
+        assert longest.num_tokens_cut == 0 and longest.num_tokens > 90_000
