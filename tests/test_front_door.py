@@ -24,6 +24,7 @@ NAMES = [
     "HeadSet",
     "ICRReranker",
     "PromptLayout",
+    "QRCrossEncoder",
     "QRHeadReranker",
     "Ranking",
     "ScoredDocument",

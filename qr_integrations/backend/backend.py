@@ -79,18 +79,8 @@ class Backend:
             LoadError: wrong id, missing file, no space left, no such device.
             MissingExtra: `device_map` or `quantization` without its dependency.
         """
-        given = {
-            "name_or_path": str(name_or_path),
-            "device": device,
-            "dtype": str(dtype).removeprefix("torch."),
-            "revision": revision,
-            "quantization": quantization,
-            "device_map": device_map,
-            "attn_implementation": attn_implementation,
-            "local_files_only": local_files_only,
-            "trust_remote_code": trust_remote_code,
-            "model_kwargs": model_kwargs,
-        }
+        given = {name: value for name, value in locals().items() if name != "cls"}
+        given |= {"name_or_path": str(name_or_path), "dtype": str(dtype).removeprefix("torch.")}
         device, name = resolve_device(device), resolve_name(name_or_path)
         hub_kwargs = {
             "revision": revision,

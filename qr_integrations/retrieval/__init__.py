@@ -4,9 +4,10 @@ To add a method, write ``x.py`` with a class that has ``rank(query, documents, t
 line here.
 """
 
+from qr_integrations.retrieval.cross_encoder import QRCrossEncoder
 from qr_integrations.retrieval.heads import HeadSet
 from qr_integrations.retrieval.icr import ICRReranker
 from qr_integrations.retrieval.layout import PromptLayout
 from qr_integrations.retrieval.qrhead import QRHeadReranker
 
-__all__ = ["HeadSet", "ICRReranker", "PromptLayout", "QRHeadReranker"]
+__all__ = ["HeadSet", "ICRReranker", "PromptLayout", "QRCrossEncoder", "QRHeadReranker"]

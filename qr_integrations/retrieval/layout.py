@@ -52,7 +52,9 @@ class PromptStyle:
 
     def __post_init__(self) -> None:
         if self.template.count("{query}") != 1:
-            raise InputError(f"the prompt {self.template!r} has no place for the query: write {{query}} in it, once")
+            raise InputError(
+                f"the prompt {self.template!r} has no place for the query: pass one with {{query}} in it, once"
+            )
 
 
 @dataclass(frozen=True, slots=True)

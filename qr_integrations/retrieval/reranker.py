@@ -202,12 +202,11 @@ class AttentionReranker:
         best: dict[int, int] = {}  # document -> place of its best piece in the prompt
         for place in sorted(range(len(scores)), key=lambda place: -scores[place]):
             best.setdefault(candidates[place].index, place)
-        entrants = []
+        entrants: list[_Entrant] = []
         for index, place in best.items():
-            piece, spans = candidates[place], ()
-            if len(entrants) < job.explained:
-                words = _words(layout, scores_KT, place, piece)
-                spans = tuple(strongest_spans(piece.given.text, words, job.max_spans))
+            piece = candidates[place]
+            words = _words(layout, scores_KT, place, piece) if len(entrants) < job.explained else []
+            spans = tuple(strongest_spans(piece.given.text, words, job.max_spans))
             tokens, cut = piece.document_tokens, piece.num_tokens_cut
             item = ScoredDocument(index, scores[place], piece.given, tokens, cut, window, spans)
             entrants.append(_Entrant(piece, item))

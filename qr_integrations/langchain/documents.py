@@ -1,0 +1,47 @@
+"""LangChain documents as documents to rank, and ranked documents as copies of them."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from langchain_core.documents import Document
+
+from qr_integrations.errors import InputError
+from qr_integrations.reranking import RELEVANCE_SCORE, RETRIEVAL_SCORE, RerankSettings
+from qr_integrations.types import Document as Ranked
+
+
+def as_ranked(documents: Sequence[str | Document | Mapping[str, Any]]) -> list[Ranked]:
+    """What callers pass to rerank: strings, LangChain documents, or mappings with ``text``.
+
+    Raises:
+        InputError: names the first entry that is none of them.
+    """
+    return [_as_ranked(number, document) for number, document in enumerate(documents)]
+
+
+def _as_ranked(number: int, given: Any) -> Ranked:
+    text = given
+    if isinstance(given, Document):
+        text = given.page_content
+    elif isinstance(given, Mapping):
+        text = given.get("text", given.get("page_content"))
+    if not isinstance(text, str):
+        raise InputError(f"document #{number} has no text: pass a string, a Document, or a mapping with 'text'")
+    return Ranked(text, id=getattr(given, "id", None))
+
+
+def rank_documents(
+    settings: RerankSettings, query: str, documents: Sequence[Document], top_n: int | None
+) -> list[Document]:
+    """The best documents, as copies with ``relevance_score`` in their metadata; those given stay as they are.
+
+    A ``relevance_score`` that a document came with is kept as ``retrieval_score``.
+    """
+    found = []
+    for relevance in settings.relevances(query, as_ranked(documents), top_n):
+        document = documents[relevance.index]
+        metadata = {**document.metadata, RELEVANCE_SCORE: relevance.score, **relevance.metadata()}
+        if RELEVANCE_SCORE in document.metadata:
+            metadata[RETRIEVAL_SCORE] = document.metadata[RELEVANCE_SCORE]
+        found.append(document.model_copy(update={"metadata": metadata}))
+    return found

@@ -1,0 +1,17 @@
+"""For LlamaIndex: a reranker, a long-context retriever and agent tools.
+
+Importing it loads neither torch nor LangChain; a model is loaded when it is first used.
+"""
+
+from importlib.util import find_spec
+
+from qr_integrations.errors import MissingExtra
+
+if find_spec("llama_index") is None or find_spec("llama_index.core") is None:
+    raise MissingExtra("qr_integrations.llama_index", "llama-index")
+
+from qr_integrations.llama_index.rerank import QRRerank
+from qr_integrations.llama_index.retriever import QRRetriever
+from qr_integrations.llama_index.tools import QRToolSpec
+
+__all__ = ["QRRerank", "QRRetriever", "QRToolSpec"]

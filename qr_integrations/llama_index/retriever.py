@@ -1,0 +1,130 @@
+"""The long-context retriever for LlamaIndex: all nodes are read, none has an embedding."""
+
+import asyncio
+from collections.abc import Sequence
+from typing import Any
+
+from llama_index.core.base.base_retriever import BaseRetriever
+from llama_index.core.callbacks import CallbackManager
+from llama_index.core.prompts import BasePromptTemplate
+from llama_index.core.schema import (
+    BaseNode,
+    Document,
+    MetadataMode,
+    NodeWithScore,
+    QueryBundle,
+)
+
+from qr_integrations.errors import InputError
+from qr_integrations.llama_index.nodes import pieces, prompts_of, rank_nodes, update_prompts_of
+from qr_integrations.reranking import RerankSettings
+
+
+class QRRetriever(BaseRetriever):
+    """Retrieve from nodes by reading all of them with a local model (QRRetriever, arXiv 2506.09944).
+
+    No index and no embeddings; what does not fit into the model's window is ranked in several prompts. The nodes stay
+    in memory for further questions, which then cost their own tokens only.
+
+    Example:
+        >>> from qr_integrations.llama_index import QRRetriever
+        >>> text = "Cats sleep most of the day.\\n\\nDracula was written by Bram Stoker."
+        >>> retriever = QRRetriever.from_text(text, chunk_size=12, similarity_top_k=1, model="qr-mini")
+        >>> found = retriever.retrieve("who wrote dracula")[0]
+        >>> found.text, found.node.start_char_idx
+        ('Dracula was written by Bram Stoker.', 29)
+    """
+
+    def __init__(
+        self,
+        nodes: Sequence[BaseNode],
+        *,
+        similarity_top_k: int | None = 5,
+        metadata_mode: MetadataMode = MetadataMode.EMBED,
+        callback_manager: CallbackManager | None = None,
+        object_map: dict[str, Any] | None = None,
+        objects: list[Any] | None = None,
+        verbose: bool = False,
+        **settings: Any,
+    ) -> None:
+        """Args:
+        nodes: what is searched.
+        similarity_top_k: how many come back; None for all.
+        metadata_mode: which metadata is read together with a node's text.
+        callback_manager, object_map, objects, verbose: as in every LlamaIndex retriever.
+        settings: `model` or `backend`, and the rest of `RerankSettings`.
+        """
+        super().__init__(callback_manager, object_map, objects, verbose)
+        if similarity_top_k is not None and similarity_top_k < 0:
+            raise InputError(f"similarity_top_k is {similarity_top_k}: pass 0 or more, or None for all nodes")
+        self.similarity_top_k = similarity_top_k
+        self.metadata_mode = metadata_mode
+        self.nodes = list(nodes)
+        self.settings = RerankSettings(**settings)
+
+    @classmethod
+    def from_defaults(
+        cls,
+        *,
+        nodes: Sequence[BaseNode] | None = None,
+        index: Any = None,
+        docstore: Any = None,
+        similarity_top_k: int | None = 5,
+        verbose: bool = False,
+        **settings: Any,
+    ) -> "QRRetriever":
+        """Over nodes, the nodes of an index, or those of a document store, as they are now.
+
+        Raises:
+            InputError: none of the three, more than one, or a store that holds no nodes.
+        """
+        if sum(source is not None for source in (nodes, index, docstore)) != 1:
+            raise InputError("pass one of nodes=..., index=... and docstore=...")
+        if nodes is None:
+            docstore = index.docstore if docstore is None else docstore
+            nodes = list(docstore.docs.values())
+            if not nodes:
+                raise InputError(
+                    "the document store holds no nodes (with some vector stores they live there only): pass nodes=..., "
+                    "or build the index with store_nodes_override=True"
+                )
+        return cls(nodes, similarity_top_k=similarity_top_k, verbose=verbose, **settings)
+
+    @classmethod
+    def from_text(
+        cls,
+        text: str | Document | Sequence[str | Document],
+        *,
+        chunk_size: int = 256,
+        chunk_overlap: int = 0,
+        **settings: Any,
+    ) -> "QRRetriever":
+        """Over the pieces of long texts, which end at paragraphs or sentences where they can.
+
+        Each piece knows its place (``start_char_idx``, ``end_char_idx``) and its source.
+
+        Args:
+            text: one or several texts or LlamaIndex documents.
+            chunk_size: tokens per piece, about: words of up to six letters and signs count one.
+            chunk_overlap: tokens that a piece repeats of the one before, at most.
+            settings: further arguments of the retriever.
+        """
+        sources = [text] if isinstance(text, str | Document) else text
+        documents = [source if isinstance(source, Document) else Document(text=source) for source in sources]
+        nodes = [node for document in documents for node in pieces(document, chunk_size, chunk_overlap)]
+        return cls(nodes, **settings)
+
+    def _get_prompts(self) -> dict[str, BasePromptTemplate]:
+        return prompts_of(self.settings)
+
+    def _update_prompts(self, prompts: dict[str, BasePromptTemplate]) -> None:
+        update_prompts_of(self.settings, prompts)
+
+    def _retrieve(self, query_bundle: QueryBundle) -> list[NodeWithScore]:
+        nodes = [NodeWithScore(node=node) for node in self.nodes]
+        return rank_nodes(
+            self.settings, query_bundle.query_str, nodes, self.similarity_top_k, metadata_mode=self.metadata_mode
+        )
+
+    async def _aretrieve(self, query_bundle: QueryBundle) -> list[NodeWithScore]:
+        return await asyncio.to_thread(self._retrieve, query_bundle)

@@ -1,0 +1,294 @@
+"""What every adapter for reranking has in common: its parameters, its model opened on first use, its metadata keys.
+
+It stands between the rooms and the roof: `langchain` and `llama_index` add their frameworks' manners, nothing else.
+Importing it loads pydantic, which both frameworks bring; the model's libraries are loaded on first use.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, field_validator, model_validator
+
+from qr_integrations.errors import InputError
+from qr_integrations.types import Document, Ranking, ScoredSpan
+
+if TYPE_CHECKING:
+    from qr_integrations.retrieval.reranker import AttentionReranker
+
+RELEVANCE_SCORE, RETRIEVAL_SCORE, SPANS = "relevance_score", "retrieval_score", "qr_spans"
+METADATA_KEYS = (RELEVANCE_SCORE, "qr_score", "qr_score_type", "qr_rank", "qr_truncated", SPANS, RETRIEVAL_SCORE)
+SETTINGS = ConfigDict(arbitrary_types_allowed=True, extra="forbid", protected_namespaces=())  # a typo is an error
+Normalize = Literal["share", "sigmoid"] | Callable[[list[float]], Sequence[float]]
+
+_LOADING = (
+    "device",
+    "dtype",
+    "device_map",
+    "revision",
+    "quantization",
+    "attn_implementation",
+    "local_files_only",
+    "trust_remote_code",
+    "model_kwargs",
+)
+_RANKING = (
+    "prompt",
+    "instruction",
+    "null_instruction",
+    "calibrated",
+    "truncation",
+    "max_doc_tokens",
+    "max_context_tokens",
+    "batch_size",
+    "keep_prefixes",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Relevance:
+    """What is said about one document.
+
+    Attributes:
+        index: position in the list the caller passed.
+        score: the score after `normalize`, a python float; higher is better.
+        qr_score: the attention itself, see `ScoredDocument.score`.
+        score_type: which scale `score` has: "raw", "share", "sigmoid" or "custom".
+        rank: from 1.
+        truncated: the document was not read in full.
+        spans: strongest first; None if they were not asked for.
+    """
+
+    index: int
+    score: float
+    qr_score: float
+    score_type: str
+    rank: int
+    truncated: bool
+    spans: tuple[ScoredSpan, ...] | None = None
+
+    def metadata(self) -> dict[str, Any]:
+        """The keys that both frameworks find beside the score; JSON can hold all of it."""
+        keys: dict[str, Any] = {
+            "qr_score": self.qr_score,
+            "qr_score_type": self.score_type,
+            "qr_rank": self.rank,
+            "qr_truncated": self.truncated,
+        }
+        return keys if self.spans is None else {**keys, SPANS: [span.as_dict() for span in self.spans]}
+
+
+class _Opened:
+    """The reranker made of the present settings. A copy of an adapter shares it, a pickle leaves it out."""
+
+    def __init__(self) -> None:
+        self.rerankers: dict[str, AttentionReranker] = {}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "_Opened":
+        return self
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Opened)  # of two adapters the settings are compared
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Opened, ()
+
+
+class RerankSettings(BaseModel):
+    """How to rank. The same names in both frameworks; all of it can be written as JSON.
+
+    Attributes:
+        model: a bundled name (``"qr-mini"``), a folder, or a hub id. It is loaded on first use, once per process.
+        backend: a loaded `Backend`, instead of `model`.
+        device, dtype, device_map, revision, quantization, attn_implementation, local_files_only, trust_remote_code,
+            model_kwargs: for loading `model`, see `Backend.load`.
+        method: ``"qrhead"``, or ``"icr"`` for all heads and ICR's prompt.
+        heads: ``"auto"``, ``"all"``, a file, a `HeadSet`, or ``(layer, head)`` pairs.
+        prompt, instruction, null_instruction, calibrated, truncation, max_doc_tokens, max_context_tokens, batch_size,
+            keep_prefixes: see `QRHeadReranker`.
+        normalize: None leaves the attention as it is. ``"share"`` divides what is positive by the sum of it: a share of
+            this list, no probability. ``"sigmoid"`` is 1 / (1 + exp(-score)): 0.5 for a document that the query looks
+            at no more than the null query. A function takes all scores, best first, and returns as many.
+        score_threshold: leave out documents whose score, after `normalize`, is below.
+        explain: add `qr_spans`, the stretches of text that a document was ranked by.
+        max_spans: the strongest so many of each document; None for all.
+        show_progress: a bar over the prompts, where there are several.
+    """
+
+    model_config = SETTINGS
+
+    model: str | None = None
+    backend: Any = Field(default=None, exclude=True, repr=False)
+    device: str = "auto"
+    dtype: str = "auto"
+    device_map: Any = None
+    revision: str | None = None
+    quantization: Any = None
+    attn_implementation: str | None = None
+    local_files_only: bool = False
+    trust_remote_code: bool = False
+    model_kwargs: dict[str, Any] | None = None
+    method: Literal["qrhead", "icr"] = "qrhead"
+    heads: str | list[tuple[int, int]] = "auto"
+    prompt: str | None = None
+    instruction: str | None = None
+    null_instruction: float = Field(default=0.0, ge=0.0, le=1.0)
+    calibrated: bool = True
+    truncation: Literal["head", "error", "chunk"] = "head"
+    max_doc_tokens: int | None = Field(default=None, ge=1)
+    max_context_tokens: int | None = Field(default=None, ge=1)
+    batch_size: int | None = Field(default=None, ge=1)
+    keep_prefixes: int = Field(default=2, ge=0)
+    normalize: Normalize | None = None
+    score_threshold: float | None = None
+    explain: bool = False
+    max_spans: int | None = Field(default=3, ge=1)
+    show_progress: bool = False
+
+    _opened: _Opened = PrivateAttr(default_factory=_Opened)
+
+    @field_validator("model", mode="before")
+    @classmethod
+    def _model_is_a_name(cls, model: Any) -> Any:
+        return str(model) if isinstance(model, Path) else model
+
+    @field_validator("heads", mode="before")
+    @classmethod
+    def _heads_are_plain(cls, heads: Any) -> Any:
+        return str(heads) if isinstance(heads, Path) else getattr(heads, "heads", heads)
+
+    @model_validator(mode="after")
+    def _one_model(self) -> "RerankSettings":
+        if self.backend is None:
+            if self.model is None:
+                raise InputError(
+                    "no model: pass model='qr-mini' (bundled), a folder or a hub id, or backend=Backend.load(...)"
+                )
+            return self
+        if self.model not in (None, self.backend.name):
+            raise InputError(f"model={self.model!r} and a backend of {self.backend.name!r}: pass one of the two")
+        known = self.__dict__  # past the validators, which this is one of
+        known["model"] = self.backend.name
+        known.update({name: (self.backend.load_arguments or {}).get(name, known[name]) for name in _LOADING})
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the backend: what is needed to load it again stands in the settings."""
+        if self.backend is not None and self.backend.load_arguments is None:
+            self.backend.__reduce__()  # says why it cannot be
+        state: dict[str, Any] = super().__getstate__()
+        return {**state, "__dict__": {**state["__dict__"], "backend": None}}
+
+    def open(self) -> "AttentionReranker":
+        """The reranker behind the adapter; the first call loads the model.
+
+        Raises:
+            LoadError: the model cannot be loaded.
+            HeadError: no heads are known for it.
+        """
+        names = ("model", *_LOADING, "method", "heads", *_RANKING)
+        key = repr([(name, getattr(self, name)) for name in names]) + str(id(self.backend))
+        known = self._opened.rerankers
+        if key not in known:
+            made = self._make()
+            for old in [old for old in known if old != key]:
+                known.pop(old, None)
+            known.setdefault(key, made)  # threads that meet here go on with the same one
+        return known.get(key) or self._make()
+
+    def _make(self) -> "AttentionReranker":
+        from qr_integrations.backend import Backend
+        from qr_integrations.retrieval import ICRReranker, QRHeadReranker
+
+        backend = self.backend
+        if backend is None:
+            assert self.model is not None
+            backend = Backend.load(self.model, **{name: getattr(self, name) for name in _LOADING})
+        options = {name: getattr(self, name) for name in _RANKING}
+        if self.method == "icr":
+            return ICRReranker(backend, **options)
+        return QRHeadReranker(backend, heads=self.heads, **options)
+
+    def relevances(
+        self, query: str, documents: Sequence[Document], top_n: int | None, *, all_spans: bool = False
+    ) -> list[Relevance]:
+        """Rank, normalize, leave out what is below the threshold, keep the best `top_n`; None keeps all.
+
+        No documents, or ``top_n=0``, give an empty list without loading the model.
+
+        Raises:
+            InputError: no query, or a `normalize` that does not return one number per document.
+        """
+        if not documents or top_n == 0:
+            return []
+        explained = (len(documents) if top_n is None else top_n) if self.explain else False
+        with _progress(self.show_progress) as progress:
+            ranking = self.open().rank(
+                query,
+                documents,
+                explain=explained,
+                max_spans=None if all_spans else self.max_spans,
+                progress=progress,
+            )
+        scores, score_type = self._normalized(ranking)
+        scored = sorted(zip(scores, ranking, strict=True), key=lambda pair: -pair[0])
+        kept = [pair for pair in scored if self.score_threshold is None or pair[0] >= self.score_threshold]
+        return [
+            Relevance(
+                item.index,
+                score,
+                item.score,
+                score_type,
+                rank,
+                item.num_tokens_cut > 0,
+                item.spans if self.explain else None,
+            )
+            for rank, (score, item) in enumerate(kept[:top_n], start=1)
+        ]
+
+    def scores(self, query: str, documents: Sequence[Document]) -> list[float]:
+        """The score of every document in the given order, after `normalize`."""
+        if not documents:
+            return []
+        ranking = self.open().rank(query, documents)
+        scores, _ = self._normalized(ranking)
+        return [score for _, score in sorted(zip(ranking.order, scores, strict=True))]
+
+    def _normalized(self, ranking: Ranking) -> tuple[list[float], str]:
+        raw = [item.score for item in ranking]
+        if self.normalize is None:
+            return raw, "raw"
+        if self.normalize == "share":
+            whole = sum(max(0.0, score) for score in raw)
+            return [max(0.0, score) / whole if whole > 0 else 0.0 for score in raw], "share"
+        if self.normalize == "sigmoid":
+            return [1.0 / (1.0 + math.exp(-score)) for score in raw], "sigmoid"
+        given = self.normalize(raw)
+        try:
+            scores = [float(score) for score in given]
+        except TypeError as error:
+            raise InputError(f"normalize returned {given!r}: return a list of numbers, one per score") from error
+        if len(scores) != len(raw) or not all(math.isfinite(score) for score in scores):
+            raise InputError(f"normalize made {scores} of {len(raw)} scores: return one finite number per score")
+        return scores, "custom"
+
+
+@contextmanager
+def _progress(show: bool) -> Iterator[Callable[[int, int], None] | None]:
+    if not show:
+        yield None
+        return
+    from tqdm import tqdm
+
+    with tqdm(desc="Ranking", unit="prompt") as bar:
+
+        def update(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        yield update
