@@ -19,6 +19,7 @@ _EXPORTS = {
     "Ranking": "qr_integrations.types",
     "ScoredDocument": "qr_integrations.types",
     "Span": "qr_integrations.types",
+    "highlight_html": "qr_integrations.highlighting",
 }
 
 __all__ = [
@@ -32,6 +33,7 @@ __all__ = [
     "Ranking",
     "ScoredDocument",
     "Span",
+    "highlight_html",
 ]
 
 

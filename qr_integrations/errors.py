@@ -8,6 +8,7 @@ QRError
 │   ├── LoadError                    wrong id, missing file, no space, no device
 │   ├── UnsupportedModelError        a family whose attention cannot be read
 │   ├── ClosedError                  used after close()
+│   ├── MemoryLimitError             a pass does not fit into memory
 │   └── ScoreError                   the model computed NaN
 └── MissingExtra (ImportError)       an optional dependency is not installed
 """
@@ -43,6 +44,10 @@ class UnsupportedModelError(ModelError):
 
 class ClosedError(ModelError):
     """The backend was used after `close()`."""
+
+
+class MemoryLimitError(ModelError):
+    """A pass through the model did not fit into the device's memory."""
 
 
 class ScoreError(ModelError):

@@ -93,6 +93,11 @@ class Ranking(Sequence[ScoredDocument]):
     def __iter__(self) -> Iterator[ScoredDocument]:
         return iter(self.items)
 
+    def _repr_html_(self) -> str:
+        from qr_integrations.highlighting import ranking_html
+
+        return ranking_html(self.query, self.items)
+
     @property
     def order(self) -> list[int]:
         """Indices into the caller's list, best first."""

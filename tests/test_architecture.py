@@ -23,7 +23,8 @@ BELOW_THE_ROOF = CELLAR | ROOMS
 # The arrow: what a room (a folder or a module of the package) may import from the others. Never back, never sideways.
 MAY_IMPORT = {
     "errors": set(),
-    "types": {"errors"},
+    "highlighting": set(),
+    "types": {"errors", "highlighting"},
     "bundled": {"errors", "types"},
     "backend": GROUND,
     **{room: CELLAR for room in ROOMS},

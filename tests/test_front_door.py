@@ -29,6 +29,7 @@ NAMES = [
     "Ranking",
     "ScoredDocument",
     "Span",
+    "highlight_html",
 ]
 HEAVY = ["torch", "transformers", "numpy", "rich", "langchain_core", "llama_index"]
 

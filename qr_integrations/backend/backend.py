@@ -19,7 +19,7 @@ from qr_integrations.backend.continuation import try_continuations
 from qr_integrations.backend.families import ChatPieces, published_pieces, template_pieces
 from qr_integrations.backend.loading import load_model, resolve_device, resolve_dtype, resolve_name
 from qr_integrations.backend.prefix import Continuation, Prefix, new_cache, read_prefix
-from qr_integrations.errors import ClosedError, HeadError, InputError, LoadError, ModelError
+from qr_integrations.errors import ClosedError, HeadError, InputError, LoadError, MemoryLimitError
 
 _log = logging.getLogger(__name__)
 _CPU_CHUNK = 1024  # a mask costs a CPU kernel little, and activations of 1,024 tokens make room for the kept keys
@@ -106,6 +106,7 @@ class Backend:
                 )
                 backend = _registry[key] = cls(model, tokenizer, name=str(name_or_path))
                 backend._key, backend.load_arguments = key, given
+                _log.info("loaded %r", backend)
             return backend
 
     def close(self) -> None:
@@ -119,6 +120,10 @@ class Backend:
         with _registry_lock:
             if self._key is not None and _registry.get(self._key) is self:
                 del _registry[self._key]
+        self.free_memory()
+
+    def free_memory(self) -> None:
+        """Give back what the device's allocator keeps for later."""
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
@@ -378,10 +383,12 @@ def _usable(reuse: Prefix | None, token_ids: Sequence[int], top_layer: int) -> P
 def _memory_advice(num_tokens: int, name: str) -> Iterator[None]:
     try:
         yield
-    except torch.OutOfMemoryError as error:
-        raise ModelError(
-            f"out of memory while {name!r} read {num_tokens} tokens: pass chunk_tokens=512, max_doc_tokens=..., fewer "
-            "documents, or load with dtype='bfloat16'"
+    except (torch.OutOfMemoryError, RuntimeError) as error:
+        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+            raise
+        raise MemoryLimitError(
+            f"out of memory while {name!r} read {num_tokens} tokens: pass fewer documents, max_context_tokens=... or "
+            "max_doc_tokens=..., or load with dtype='bfloat16'"
         ) from error
 
 

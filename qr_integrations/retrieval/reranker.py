@@ -4,6 +4,7 @@ documents -> windows that fit -> token scores -> document scores -> `Ranking`
 """
 
 import asyncio
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from qr_integrations.backend import Backend
-from qr_integrations.errors import InputError
+from qr_integrations.errors import InputError, MemoryLimitError
 from qr_integrations.retrieval.explain import attended_words, strongest_spans
 from qr_integrations.retrieval.heads import HeadSet
 from qr_integrations.retrieval.layout import PromptLayout, PromptStyle, Query
@@ -22,6 +23,8 @@ from qr_integrations.retrieval.token_scores import Contents, TokenScorer, conten
 from qr_integrations.retrieval.windows import Candidate, Limits, Truncation, fit
 from qr_integrations.types import Document, Ranking, ScoredDocument, ScoredSpan, Span
 
+_log = logging.getLogger(__name__)
+_LEAST_WINDOW = 512  # tokens; where a shorter prompt does not fit into memory, nothing will
 DocumentLike = str | Document | Mapping[str, Any]
 Progress = Callable[[int, int], None]
 
@@ -111,6 +114,8 @@ class AttentionReranker:
         Raises:
             InputError: no query, or something that is no document.
             WindowError: the prompt does not fit and `truncation` is ``"error"``, or the query alone does not fit.
+            MemoryLimitError: it does not fit into the device's memory, not even (unless `truncation` is ``"error"``) in
+                prompts of half the length, or half of that.
             ScoreError: the model computed NaN.
         """
         given = as_documents(documents)
@@ -119,12 +124,19 @@ class AttentionReranker:
             return Ranking(query, ())
         explained = int(explain) if explain is not True else top_k or len(given)
         job = _Job(self._query(query, instruction), explained, max_spans)
-        windows = self._fit(job.query, given, self.limits)
-        if len(windows) > 1:
-            items = self._play_off(job, windows, progress or _silent)
-        else:
-            items = [entrant.item for entrant in self._score(job, windows[0], 0)]
-        return Ranking(query, tuple(items)).top(top_k)
+        limits = self.limits
+        while True:
+            windows = self._fit(job.query, given, limits)
+            try:
+                return Ranking(query, tuple(self._rank(job, windows, progress or _silent))).top(top_k)
+            except MemoryLimitError:
+                if limits.truncation == "error" or (longest := _longest(windows)) < 2 * _LEAST_WINDOW:
+                    raise
+            # out of the except block, whose traceback holds on to the tensors
+            _log.warning("out of memory: ranking again in prompts of %d tokens", longest // 2)
+            limits = replace(limits, max_context_tokens=longest // 2)
+            self.forget()
+            self.backend.free_memory()
 
     def rank_batch(
         self, queries: Sequence[str], documents: Sequence[Sequence[DocumentLike]], top_k: int | None = None
@@ -212,6 +224,11 @@ class AttentionReranker:
             entrants.append(_Entrant(piece, item))
         return entrants
 
+    def _rank(self, job: _Job, windows: Sequence[Sequence[Candidate]], progress: Progress) -> Sequence[ScoredDocument]:
+        if len(windows) > 1:
+            return self._play_off(job, windows, progress)
+        return [entrant.item for entrant in self._score(job, windows[0], 0)]
+
     def _play_off(self, job: _Job, windows: Sequence[Sequence[Candidate]], progress: Progress) -> list[ScoredDocument]:
         """Scores of different windows are shares of different wholes, so the best of each window meet in a final one.
 
@@ -222,7 +239,7 @@ class AttentionReranker:
         for number, window in enumerate(windows):
             heats.append(self._score(job, window, number))
             progress(number + 1, len(windows) + 1)
-        chosen = self._finalists(heats, room=max(sum(c.num_tokens for c in window) for window in windows))
+        chosen = self._finalists(heats, room=_longest(windows))
         final = [e.item for e in self._score(job, sorted(chosen, key=lambda c: (c.index, c.start)), len(windows))]
         progress(len(windows) + 1, len(windows) + 1)
         return final + _others(heats, final)
@@ -240,6 +257,10 @@ class AttentionReranker:
                 break
             chosen.setdefault(piece.index, piece)
         return list(chosen.values())
+
+
+def _longest(windows: Sequence[Sequence[Candidate]]) -> int:
+    return max(sum(candidate.num_tokens for candidate in window) for window in windows)
 
 
 def _others(heats: Sequence[Sequence[_Entrant]], final: Sequence[ScoredDocument]) -> list[ScoredDocument]:
