@@ -157,6 +157,11 @@ class RerankSettings(BaseModel):
     def _model_is_a_name(cls, model: Any) -> Any:
         return str(model) if isinstance(model, Path) else model
 
+    @field_validator("dtype", mode="before")
+    @classmethod
+    def _dtype_is_a_name(cls, dtype: Any) -> Any:
+        return str(dtype).removeprefix("torch.")
+
     @field_validator("heads", mode="before")
     @classmethod
     def _heads_are_plain(cls, heads: Any) -> Any:
@@ -172,9 +177,12 @@ class RerankSettings(BaseModel):
             return self
         if self.model not in (None, self.backend.name):
             raise InputError(f"model={self.model!r} and a backend of {self.backend.name!r}: pass one of the two")
-        known = self.__dict__  # past the validators, which this is one of
-        known["model"] = self.backend.name
-        known.update({name: (self.backend.load_arguments or {}).get(name, known[name]) for name in _LOADING})
+        defaults = {name: type(self).model_fields[name].default for name in _LOADING}
+        loaded = {name: (self.backend.load_arguments or defaults)[name] for name in _LOADING}
+        other = [name for name in _LOADING if name in self.model_fields_set and getattr(self, name) != loaded[name]]
+        if other:
+            raise InputError(f"the backend is loaded already: leave out {', '.join(other)}, or pass model=... instead")
+        self.__dict__.update(loaded, model=self.backend.name)  # past the validators, of which this is one
         return self
 
     def __getstate__(self) -> dict[str, Any]:
@@ -194,7 +202,8 @@ class RerankSettings(BaseModel):
         names = ("model", *_LOADING, "method", "heads", *_RANKING)
         key = repr([(name, getattr(self, name)) for name in names]) + str(id(self.backend))
         known = self._opened.rerankers
-        if key not in known:
+        if key not in known or known[key].backend.closed:
+            known.pop(key, None)
             made = self._make()
             for old in [old for old in known if old != key]:
                 known.pop(old, None)

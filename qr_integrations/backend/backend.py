@@ -18,8 +18,9 @@ from qr_integrations.backend.attention_tap import AttentionLayer, AttentionTap, 
 from qr_integrations.backend.continuation import try_continuations
 from qr_integrations.backend.families import ChatPieces, published_pieces, template_pieces
 from qr_integrations.backend.loading import load_model, resolve_device, resolve_dtype, resolve_name
+from qr_integrations.backend.memory import free_memory, memory_advice
 from qr_integrations.backend.prefix import Continuation, Prefix, new_cache, read_prefix
-from qr_integrations.errors import ClosedError, HeadError, InputError, LoadError, MemoryLimitError
+from qr_integrations.errors import ClosedError, HeadError, InputError, LoadError
 
 _log = logging.getLogger(__name__)
 _CPU_CHUNK = 1024  # a mask costs a CPU kernel little, and activations of 1,024 tokens make room for the kept keys
@@ -120,12 +121,12 @@ class Backend:
         with _registry_lock:
             if self._key is not None and _registry.get(self._key) is self:
                 del _registry[self._key]
-        self.free_memory()
+        free_memory()
 
-    def free_memory(self) -> None:
-        """Give back what the device's allocator keeps for later."""
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+    @property
+    def closed(self) -> bool:
+        """Whether `close` was called."""
+        return self._model is None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Backend":
         """The same object: weights are not copied."""
@@ -140,9 +141,9 @@ class Backend:
         return _load_again, (self.load_arguments,)
 
     def __repr__(self) -> str:
-        if self._model is None:
+        if self.closed:
             return f"Backend({self.name!r}, closed)"
-        return f"Backend({self.name!r}, device={str(self.device)!r}, dtype={self._model.dtype})"
+        return f"Backend({self.name!r}, device={str(self.device)!r}, dtype={self.model.dtype})"
 
     @property
     def model(self) -> PreTrainedModel:
@@ -355,7 +356,7 @@ class Backend:
         else:
             positions = (mask.long().cumsum(-1) - 1).clamp(min=0)
         kwargs = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
-        with self.locked(), _memory_advice(ids.shape[1], self.name):
+        with self.locked(), memory_advice(ids.shape[1], self.name):
             layers, decoder = self.attention_layers, self.decoder
             modules = [layers[i].module for i in layers if i <= stop_after]
 
@@ -377,19 +378,6 @@ def _usable(reuse: Prefix | None, token_ids: Sequence[int], top_layer: int) -> P
     if common == len(reuse):
         return reuse
     return reuse.crop(common) if common and reuse.can_crop else None
-
-
-@contextmanager
-def _memory_advice(num_tokens: int, name: str) -> Iterator[None]:
-    try:
-        yield
-    except (torch.OutOfMemoryError, RuntimeError) as error:
-        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
-            raise
-        raise MemoryLimitError(
-            f"out of memory while {name!r} read {num_tokens} tokens: pass fewer documents, max_context_tokens=... or "
-            "max_doc_tokens=..., or load with dtype='bfloat16'"
-        ) from error
 
 
 def _ranges(numbers: list[int]) -> str:

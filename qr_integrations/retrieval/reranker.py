@@ -14,6 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from qr_integrations.backend import Backend
+from qr_integrations.backend.memory import free_memory
 from qr_integrations.errors import InputError, MemoryLimitError
 from qr_integrations.retrieval.explain import attended_words, strongest_spans
 from qr_integrations.retrieval.heads import HeadSet
@@ -136,7 +137,7 @@ class AttentionReranker:
             _log.warning("out of memory: ranking again in prompts of %d tokens", longest // 2)
             limits = replace(limits, max_context_tokens=longest // 2)
             self.forget()
-            self.backend.free_memory()
+            free_memory()
 
     def rank_batch(
         self, queries: Sequence[str], documents: Sequence[Sequence[DocumentLike]], top_k: int | None = None
