@@ -5,7 +5,7 @@ Importing it loads pydantic, which both frameworks bring; the model's libraries 
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -70,14 +70,11 @@ class Relevance:
     truncated: bool
     spans: tuple[ScoredSpan, ...] | None = None
 
-    def metadata(self) -> dict[str, Any]:
-        """The keys that both frameworks find beside the score; JSON can hold all of it."""
-        keys: dict[str, Any] = {
-            "qr_score": self.qr_score,
-            "qr_score_type": self.score_type,
-            "qr_rank": self.rank,
-            "qr_truncated": self.truncated,
-        }
+    def added_to(self, metadata: Mapping[str, Any]) -> dict[str, Any]:
+        """A copy of `metadata` with what is said here, in place of what another reranker said; JSON can hold it."""
+        keys: dict[str, Any] = {name: value for name, value in metadata.items() if name not in METADATA_KEYS}
+        keys |= {"qr_score": self.qr_score, "qr_score_type": self.score_type}
+        keys |= {"qr_rank": self.rank, "qr_truncated": self.truncated}
         return keys if self.spans is None else {**keys, SPANS: [span.as_dict() for span in self.spans]}
 
 
@@ -175,8 +172,7 @@ class RerankSettings(BaseModel):
                     "no model: pass model='qr-mini' (bundled), a folder or a hub id, or backend=Backend.load(...)"
                 )
             return self
-        if self.model not in (None, self.backend.name):
-            raise InputError(f"model={self.model!r} and a backend of {self.backend.name!r}: pass one of the two")
+        self._check_backend()
         defaults = {name: type(self).model_fields[name].default for name in _LOADING}
         loaded = {name: (self.backend.load_arguments or defaults)[name] for name in _LOADING}
         other = [name for name in _LOADING if name in self.model_fields_set and getattr(self, name) != loaded[name]]
@@ -184,6 +180,21 @@ class RerankSettings(BaseModel):
             raise InputError(f"the backend is loaded already: leave out {', '.join(other)}, or pass model=... instead")
         self.__dict__.update(loaded, model=self.backend.name)  # past the validators, of which this is one
         return self
+
+    def _check_backend(self) -> None:
+        from qr_integrations.backend import Backend
+
+        if not isinstance(self.backend, Backend):
+            raise InputError(
+                f"the backend is a {type(self.backend).__name__}: pass what Backend.load(...) returns, or model='name'"
+            )
+        if self.model not in (None, self.backend.name):
+            raise InputError(f"model={self.model!r} and a backend of {self.backend.name!r}: pass one of the two")
+
+    def __repr_args__(self) -> Iterator[tuple[str | None, Any]]:
+        """What differs from the defaults."""
+        fields = type(self).model_fields
+        return ((n, v) for n, v in super().__repr_args__() if n not in fields or v != fields[n].default)
 
     def __getstate__(self) -> dict[str, Any]:
         """Without the backend: what is needed to load it again stands in the settings."""
@@ -214,10 +225,10 @@ class RerankSettings(BaseModel):
         from qr_integrations.backend import Backend
         from qr_integrations.retrieval import ICRReranker, QRHeadReranker
 
-        backend = self.backend
-        if backend is None:
-            assert self.model is not None
-            backend = Backend.load(self.model, **{name: getattr(self, name) for name in _LOADING})
+        if self.backend is not None:
+            self._check_backend()  # a copy may have been given another model
+        assert self.model is not None
+        backend = self.backend or Backend.load(self.model, **{name: getattr(self, name) for name in _LOADING})
         options = {name: getattr(self, name) for name in _RANKING}
         if self.method == "icr":
             return ICRReranker(backend, **options)
@@ -235,17 +246,20 @@ class RerankSettings(BaseModel):
         """
         if not documents or top_n == 0:
             return []
-        explained = (len(documents) if top_n is None else top_n) if self.explain else False
+        # a function may put any document first, so all need their spans then
+        explained = len(documents) if top_n is None or callable(self.normalize) else top_n
         with _progress(self.show_progress) as progress:
             ranking = self.open().rank(
                 query,
                 documents,
-                explain=explained,
+                explain=explained if self.explain else False,
                 max_spans=None if all_spans else self.max_spans,
                 progress=progress,
             )
         scores, score_type = self._normalized(ranking)
-        scored = sorted(zip(scores, ranking, strict=True), key=lambda pair: -pair[0])
+        scored = list(zip(scores, ranking, strict=True))
+        if score_type == "custom":
+            scored.sort(key=lambda pair: (-pair[0], pair[1].index))
         kept = [pair for pair in scored if self.score_threshold is None or pair[0] >= self.score_threshold]
         return [
             Relevance(
@@ -280,7 +294,7 @@ class RerankSettings(BaseModel):
         given = self.normalize(raw)
         try:
             scores = [float(score) for score in given]
-        except TypeError as error:
+        except (TypeError, ValueError) as error:
             raise InputError(f"normalize returned {given!r}: return a list of numbers, one per score") from error
         if len(scores) != len(raw) or not all(math.isfinite(score) for score in scores):
             raise InputError(f"normalize made {scores} of {len(raw)} scores: return one finite number per score")
@@ -294,10 +308,15 @@ def _progress(show: bool) -> Iterator[Callable[[int, int], None] | None]:
         return
     from tqdm import tqdm
 
-    with tqdm(desc="Ranking", unit="prompt") as bar:
+    bars: list[Any] = []  # made with the first prompt: a single one has no progress
 
-        def update(done: int, total: int) -> None:
-            bar.total = total
-            bar.update(done - bar.n)
+    def update(done: int, total: int) -> None:
+        if not bars:
+            bars.append(tqdm(desc="Ranking", unit="prompt", total=total))
+        bars[0].update(done - bars[0].n)
 
+    try:
         yield update
+    finally:
+        for bar in bars:
+            bar.close()

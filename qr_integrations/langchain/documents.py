@@ -14,8 +14,10 @@ def as_ranked(documents: Sequence[str | Document | Mapping[str, Any]]) -> list[R
     """What callers pass to rerank: strings, LangChain documents, or mappings with ``text``.
 
     Raises:
-        InputError: names the first entry that is none of them.
+        InputError: a single document, or an entry that is none of them.
     """
+    if isinstance(documents, str | Document | Mapping):
+        raise InputError("documents is a single document: pass a list of them")
     return [_as_ranked(number, document) for number, document in enumerate(documents)]
 
 
@@ -40,8 +42,9 @@ def rank_documents(
     found = []
     for relevance in settings.relevances(query, as_ranked(documents), top_n):
         document = documents[relevance.index]
-        metadata = {**document.metadata, RELEVANCE_SCORE: relevance.score, **relevance.metadata()}
-        if RELEVANCE_SCORE in document.metadata:
-            metadata[RETRIEVAL_SCORE] = document.metadata[RELEVANCE_SCORE]
+        before = document.metadata.get(RELEVANCE_SCORE)
+        metadata = {**relevance.added_to(document.metadata), RELEVANCE_SCORE: relevance.score}
+        if before is not None:
+            metadata[RETRIEVAL_SCORE] = float(before)
         found.append(document.model_copy(update={"metadata": metadata}))
     return found

@@ -82,6 +82,8 @@ class QRRerank(RerankSettings, BaseDocumentCompressor):
         """For chains: takes ``{"query": ..., "documents": [...]}``, returns the best documents."""
 
         def rank(given: dict[str, Any]) -> list[Document]:
+            if not isinstance(given, Mapping) or not {"query", "documents"} <= given.keys():
+                raise InputError(f"{given!r} is no input: pass {{'query': ..., 'documents': [...]}}")
             return rank_documents(self, given["query"], given["documents"], self.top_n)
 
         return RunnableLambda(rank, name=_RUN_NAME)

@@ -3,9 +3,10 @@
 from collections.abc import Sequence
 from typing import Any
 
-from langchain_core.callbacks import CallbackManagerForRetrieverRun
+from langchain_core.callbacks import AsyncCallbackManagerForRetrieverRun, CallbackManagerForRetrieverRun
 from langchain_core.documents import Document
 from langchain_core.retrievers import BaseRetriever
+from langchain_core.runnables import run_in_executor
 from pydantic import Field
 
 from qr_integrations.errors import InputError
@@ -28,7 +29,7 @@ class QRRetriever(RerankSettings, BaseRetriever):
 
     Attributes:
         documents: what is searched.
-        k: how many come back; ``invoke(query, k=...)`` overrides it.
+        k: how many come back, None for all; ``invoke(query, k=...)`` overrides it.
 
     All other parameters are those of `RerankSettings`; metadata keys as in `QRRerank`.
     """
@@ -36,7 +37,7 @@ class QRRetriever(RerankSettings, BaseRetriever):
     model_config = SETTINGS
 
     documents: list[Document] = Field(default_factory=list, repr=False)
-    k: int = Field(default=4, ge=0)
+    k: int | None = Field(default=4, ge=0)
 
     @classmethod
     def from_documents(
@@ -52,6 +53,8 @@ class QRRetriever(RerankSettings, BaseRetriever):
             kwargs: fields of the retriever.
         """
         given = list(documents)
+        if chunk_size is None and chunk_overlap:
+            raise InputError(f"chunk_overlap={chunk_overlap} cuts nothing by itself: pass chunk_size=... too")
         if chunk_size is not None:
             given = [piece for document in given for piece in _pieces(document, chunk_size, chunk_overlap)]
         return cls(documents=given, **kwargs)
@@ -87,16 +90,24 @@ class QRRetriever(RerankSettings, BaseRetriever):
             raise InputError(f"k is {k}: pass 0 or more")
         return rank_documents(self, query, self.documents, self.k if k is None else k)
 
+    async def _aget_relevant_documents(
+        self, query: str, *, run_manager: AsyncCallbackManagerForRetrieverRun, k: int | None = None
+    ) -> list[Document]:
+        search = self._get_relevant_documents
+        found: list[Document] = await run_in_executor(None, search, query, run_manager=run_manager.get_sync(), k=k)
+        return found
+
 
 def _pieces(document: Document, chunk_size: int, chunk_overlap: int) -> list[Document]:
     from qr_integrations.retrieval.chunks import chunk, rough_token_starts
 
     text = document.page_content
+    start = document.metadata.get("start_index", 0)  # of a document that is a piece itself
     return [
         document.model_copy(
             update={
                 "page_content": text[span.slice()],
-                "metadata": {**document.metadata, "start_index": span.start},
+                "metadata": {**document.metadata, "start_index": start + span.start},
                 "id": None if document.id is None else f"{document.id}-{span.start}",
             }
         )

@@ -1,12 +1,14 @@
 """Tools for LangChain agents: search documents, rerank passages."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Literal
 
 from langchain_core.callbacks import Callbacks
 from langchain_core.documents import Document
 from langchain_core.prompts import BasePromptTemplate, PromptTemplate
 from langchain_core.retrievers import BaseRetriever
-from langchain_core.tools import BaseTool, StructuredTool, create_retriever_tool
+from langchain_core.tools import BaseTool, StructuredTool, ToolException, create_retriever_tool
 from pydantic import BaseModel, Field
 
 from qr_integrations.errors import InputError
@@ -17,6 +19,7 @@ _SEARCH = "Search the documents. Ask a full question. Returns the best passages 
 _RERANK = (
     "Order passages by how well they answer a question. Returns the best with their numbers and scores, best first."
 )
+_NOTHING = "Nothing found."
 _PASSAGE = PromptTemplate.from_template("[score {relevance_score:.3f}] {page_content}")
 
 
@@ -40,7 +43,7 @@ def create_qr_retriever_tool(
         document_separator: between documents.
         response_format: with ``"content_and_artifact"`` the documents come along as the message's artifact.
     """
-    return create_retriever_tool(
+    tool = create_retriever_tool(
         retriever,
         name,
         description,
@@ -48,6 +51,32 @@ def create_qr_retriever_tool(
         document_separator=document_separator,
         response_format=response_format,
     )
+    search, asearch = tool.func, tool.coroutine
+
+    def func(query: str, callbacks: Callbacks = None) -> Any:
+        with _told_to_the_agent():
+            return _never_silent(search(query, callbacks))
+
+    async def coroutine(query: str, callbacks: Callbacks = None) -> Any:
+        with _told_to_the_agent():
+            return _never_silent(await asearch(query, callbacks))
+
+    return tool.model_copy(update={"func": func, "coroutine": coroutine, "handle_tool_error": True})
+
+
+def _never_silent(answer: Any) -> Any:
+    if isinstance(answer, tuple):
+        return answer[0] or _NOTHING, answer[1]
+    return answer or _NOTHING
+
+
+@contextmanager
+def _told_to_the_agent() -> Iterator[None]:
+    """Wrong arguments come from the agent, which can mend them if it is told."""
+    try:
+        yield
+    except InputError as error:
+        raise ToolException(str(error)) from error
 
 
 class _RerankInput(BaseModel):
@@ -84,12 +113,13 @@ def create_qr_rerank_tool(
     ) -> tuple[str, list[Document]]:
         documents = [Document(text, id=str(number)) for number, text in enumerate(passages, start=1)]
         chosen = ranks if top_n is None else ranks.model_copy(update={"top_n": top_n})
-        found = chosen.compress_documents(documents, query, callbacks=callbacks)
+        with _told_to_the_agent():
+            found = chosen.compress_documents(documents, query, callbacks=callbacks)
         lines = [
             f"{rank}. [passage {document.id}, score {document.metadata[RELEVANCE_SCORE]:.3f}] {document.page_content}"
             for rank, document in enumerate(found, start=1)
         ]
-        return "\n\n".join(lines) or "Nothing found.", found
+        return "\n\n".join(lines) or _NOTHING, found
 
     return StructuredTool.from_function(
         rerank_passages,
@@ -97,4 +127,5 @@ def create_qr_rerank_tool(
         description=description,
         args_schema=_RerankInput,
         response_format="content_and_artifact",
+        handle_tool_error=True,
     )

@@ -80,7 +80,7 @@ def _in_body(relevance: Relevance, content: str, node: BaseNode, settings: Reran
 def _scored_copy(scored: NodeWithScore, relevance: Relevance, keep_retrieval_score: bool) -> NodeWithScore:
     """What we add to the metadata is for programs: neither embeddings nor the language model read it."""
     node = scored.node
-    metadata = {**node.metadata, **relevance.metadata()}
+    metadata = relevance.added_to(node.metadata)
     if keep_retrieval_score and scored.score is not None:
         metadata[RETRIEVAL_SCORE] = float(scored.score)
     update: dict[str, Any] = {"metadata": metadata}

@@ -91,7 +91,8 @@ def score_pairs(
     """
     groups: dict[str, list[int]] = {}
     for number, pair in enumerate(pairs):
-        if isinstance(pair, str) or len(pair) != 2 or not all(isinstance(text, str) for text in pair):
+        fits = isinstance(pair, list | tuple) and len(pair) == 2 and all(isinstance(text, str) for text in pair)
+        if not fits:
             raise InputError(f"pair #{number} is {pair!r}: pass (query, text), two strings")
         groups.setdefault(pair[0], []).append(number)
     scores = [0.0] * len(pairs)

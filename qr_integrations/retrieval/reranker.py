@@ -313,7 +313,18 @@ def _as_document(index: int, given: DocumentLike) -> Document:
         raise InputError(
             f"document #{index} has no text: pass a string, a Document, or a mapping with 'text' (and 'title')"
         )
+    _check_encodes(f"document #{index}", document.text + (document.title or ""))
     return document
+
+
+def _check_encodes(what: str, text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(
+            f"{what} holds half a character ({text[error.start]!r} at {error.start}): pass it after "
+            "text.encode('utf-16', 'surrogatepass').decode('utf-16', 'replace')"
+        ) from error
 
 
 def _silent(done: int, total: int) -> None:
@@ -323,5 +334,6 @@ def _silent(done: int, total: int) -> None:
 def _check_query(query: str, top_k: int | None) -> None:
     if not isinstance(query, str) or not query.strip():
         raise InputError(f"the query is empty ({query!r}): pass what is asked as a string")
+    _check_encodes("the query", query)
     if top_k is not None and top_k < 1:
         raise InputError(f"top_k must be at least 1, got {top_k}: pass None for all documents")
