@@ -20,10 +20,16 @@ if TYPE_CHECKING:
     from qr_integrations.retrieval.reranker import AttentionReranker
 
 RELEVANCE_SCORE, RETRIEVAL_SCORE, SPANS = "relevance_score", "retrieval_score", "qr_spans"
-METADATA_KEYS = (RELEVANCE_SCORE, "qr_score", "qr_score_type", "qr_rank", "qr_truncated", SPANS, RETRIEVAL_SCORE)
-SETTINGS = ConfigDict(arbitrary_types_allowed=True, extra="forbid", protected_namespaces=())  # a typo is an error
+OWN_KEYS = ("qr_score", "qr_score_type", "qr_rank", "qr_truncated", SPANS)
+SETTINGS = ConfigDict(
+    arbitrary_types_allowed=True,
+    extra="forbid",  # a typo is an error
+    validate_assignment=True,
+    protected_namespaces=(),
+)
 Normalize = Literal["share", "sigmoid"] | Callable[[list[float]], Sequence[float]]
 
+_KEPT_RERANKERS = 4  # of one adapter and its copies, whose settings may differ
 _LOADING = (
     "device",
     "dtype",
@@ -72,14 +78,14 @@ class Relevance:
 
     def added_to(self, metadata: Mapping[str, Any]) -> dict[str, Any]:
         """A copy of `metadata` with what is said here, in place of what another reranker said; JSON can hold it."""
-        keys: dict[str, Any] = {name: value for name, value in metadata.items() if name not in METADATA_KEYS}
+        keys: dict[str, Any] = {name: value for name, value in metadata.items() if name not in OWN_KEYS}
         keys |= {"qr_score": self.qr_score, "qr_score_type": self.score_type}
         keys |= {"qr_rank": self.rank, "qr_truncated": self.truncated}
         return keys if self.spans is None else {**keys, SPANS: [span.as_dict() for span in self.spans]}
 
 
 class _Opened:
-    """The reranker made of the present settings. A copy of an adapter shares it, a pickle leaves it out."""
+    """The rerankers made of an adapter's settings. Its copies share them, a pickle leaves them out."""
 
     def __init__(self) -> None:
         self.rerankers: dict[str, AttentionReranker] = {}
@@ -97,7 +103,7 @@ class _Opened:
 
 
 class RerankSettings(BaseModel):
-    """How to rank. The same names in both frameworks; all of it can be written as JSON.
+    """How to rank. The same names in both frameworks; all of it, but for a function as `normalize`, can be JSON.
 
     Attributes:
         model: a bundled name (``"qr-mini"``), a folder, or a hub id. It is loaded on first use, once per process.
@@ -107,7 +113,8 @@ class RerankSettings(BaseModel):
         method: ``"qrhead"``, or ``"icr"`` for all heads and ICR's prompt.
         heads: ``"auto"``, ``"all"``, a file, a `HeadSet`, or ``(layer, head)`` pairs.
         prompt, instruction, null_instruction, calibrated, truncation, max_doc_tokens, max_context_tokens, batch_size,
-            keep_prefixes: see `QRHeadReranker`.
+            keep_prefixes: see `QRHeadReranker`. On a CPU a `max_context_tokens` of 2,048 or 4,096 ranks long lists much
+            faster than a model's whole window: the time for attention grows with the square of a prompt's length.
         normalize: None leaves the attention as it is. ``"share"`` divides what is positive by the sum of it: a share of
             this list, no probability. ``"sigmoid"`` is 1 / (1 + exp(-score)): 0.5 for a document that the query looks
             at no more than the null query. A function takes all scores, best first, and returns as many.
@@ -159,6 +166,13 @@ class RerankSettings(BaseModel):
     def _dtype_is_a_name(cls, dtype: Any) -> Any:
         return str(dtype).removeprefix("torch.")
 
+    @field_validator("prompt")
+    @classmethod
+    def _prompt_has_a_place(cls, prompt: str | None) -> str | None:
+        if prompt is not None and prompt.count("{query}") != 1:
+            raise InputError(f"the prompt {prompt!r} has no place for the query: pass one with {{query}} in it, once")
+        return prompt
+
     @field_validator("heads", mode="before")
     @classmethod
     def _heads_are_plain(cls, heads: Any) -> Any:
@@ -201,6 +215,8 @@ class RerankSettings(BaseModel):
         if self.backend is not None and self.backend.load_arguments is None:
             self.backend.__reduce__()  # says why it cannot be
         state: dict[str, Any] = super().__getstate__()
+        if "normalize" not in state["__dict__"]:  # LlamaIndex drops what cannot be pickled
+            raise InputError("normalize is a function that cannot be pickled: pass one defined at a module's top level")
         return {**state, "__dict__": {**state["__dict__"], "backend": None}}
 
     def open(self) -> "AttentionReranker":
@@ -213,13 +229,14 @@ class RerankSettings(BaseModel):
         names = ("model", *_LOADING, "method", "heads", *_RANKING)
         key = repr([(name, getattr(self, name)) for name in names]) + str(id(self.backend))
         known = self._opened.rerankers
-        if key not in known or known[key].backend.closed:
+        reranker = known.get(key)
+        if reranker is None or reranker.backend.closed:
             known.pop(key, None)
             made = self._make()
-            for old in [old for old in known if old != key]:
+            for old in list(known)[: -_KEPT_RERANKERS + 1]:
                 known.pop(old, None)
-            known.setdefault(key, made)  # threads that meet here go on with the same one
-        return known.get(key) or self._make()
+            reranker = known.setdefault(key, made)  # threads that meet here go on with the same one
+        return reranker
 
     def _make(self) -> "AttentionReranker":
         from qr_integrations.backend import Backend
@@ -234,9 +251,7 @@ class RerankSettings(BaseModel):
             return ICRReranker(backend, **options)
         return QRHeadReranker(backend, heads=self.heads, **options)
 
-    def relevances(
-        self, query: str, documents: Sequence[Document], top_n: int | None, *, all_spans: bool = False
-    ) -> list[Relevance]:
+    def relevances(self, query: str, documents: Sequence[Document], top_n: int | None) -> list[Relevance]:
         """Rank, normalize, leave out what is below the threshold, keep the best `top_n`; None keeps all.
 
         No documents, or ``top_n=0``, give an empty list without loading the model.
@@ -253,7 +268,7 @@ class RerankSettings(BaseModel):
                 query,
                 documents,
                 explain=explained if self.explain else False,
-                max_spans=None if all_spans else self.max_spans,
+                max_spans=self.max_spans,
                 progress=progress,
             )
         scores, score_type = self._normalized(ranking)

@@ -29,15 +29,20 @@ class Span:
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """A text to rank; `title` None leaves the title line out.
+    """A text to rank.
 
-    `id` and `metadata` are the caller's and come back as given.
+    Attributes:
+        text: what is read.
+        title: stands in a line of its own in front; None leaves that line out.
+        id, metadata: the caller's; they come back as given.
+        body: the characters of `text` that explanations are about; None is all of it.
     """
 
     text: str
     title: str | None = None
     id: str | None = None
     metadata: Mapping[str, Any] = field(default_factory=dict)
+    body: Span | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,7 +7,6 @@ from typing import Any
 from llama_index.core.prompts import BasePromptTemplate, PromptTemplate
 from llama_index.core.schema import (
     BaseNode,
-    ImageDocument,
     ImageNode,
     MetadataMode,
     NodeRelationship,
@@ -17,10 +16,13 @@ from llama_index.core.schema import (
 from llama_index.core.schema import Document as LlamaDocument
 
 from qr_integrations.errors import InputError
-from qr_integrations.reranking import METADATA_KEYS, RETRIEVAL_SCORE, Relevance, RerankSettings
-from qr_integrations.types import Document, ScoredSpan, Span
+from qr_integrations.reranking import OWN_KEYS, RETRIEVAL_SCORE, Relevance, RerankSettings
+from qr_integrations.types import Document, Span
 
 PROMPT_KEY = "qr_prompt"
+_PLACE = "\ue000QUERY\ue000"  # private-use characters: no prompt has them
+_MEDIA = ("image_resource", "audio_resource", "video_resource")
+_TEMPLATES = ("text_template", "metadata_template", "metadata_separator")
 
 
 def rank_nodes(
@@ -39,54 +41,57 @@ def rank_nodes(
     Raises:
         InputError: a node holds an image and no text.
     """
-    contents = [_content(number, scored.node, metadata_mode) for number, scored in enumerate(nodes)]
-    documents = [Document(text, id=scored.node.node_id) for text, scored in zip(contents, nodes, strict=True)]
-    found = settings.relevances(query, documents, top_n, all_spans=True)
-    return [
-        _scored_copy(
-            nodes[item.index],
-            _in_body(item, contents[item.index], nodes[item.index].node, settings),
-            keep_retrieval_score,
-        )
-        for item in found
-    ]
+    documents = [_document(number, scored.node, metadata_mode) for number, scored in enumerate(nodes)]
+    ranked = []
+    for relevance in settings.relevances(query, documents, top_n):
+        scored, body = nodes[relevance.index], documents[relevance.index].body
+        assert body is not None
+        ranked.append(_scored_copy(scored, _in_own_text(relevance, body, scored.node), keep_retrieval_score))
+    return ranked
 
 
-def _content(number: int, node: BaseNode, metadata_mode: MetadataMode) -> str:
-    if isinstance(node, ImageNode | ImageDocument) and not node.get_content(MetadataMode.NONE).strip():
+def _document(number: int, node: BaseNode, metadata_mode: MetadataMode) -> Document:
+    media = isinstance(node, ImageNode) or any(getattr(node, name, None) is not None for name in _MEDIA)
+    if media and not node.get_content(MetadataMode.NONE).strip():
         raise InputError(
-            f"node #{number} ({node.node_id}) is an image without text, which a text model cannot rank: give it a "
-            "caption as its text, or leave image nodes out"
+            f"node #{number} ({node.node_id}) is an image without text (or a recording), which a text model cannot "
+            "rank: give it a caption as its text, or leave such nodes out"
         )
-    content: str = node.get_content(metadata_mode)
-    return content
+    content = node.get_content(metadata_mode)
+    return Document(content, id=node.node_id, body=_body(node, content))
 
 
-def _in_body(relevance: Relevance, content: str, node: BaseNode, settings: RerankSettings) -> Relevance:
+def _body(node: BaseNode, content: str) -> Span:
+    """The characters of `content` that are the node's own text; the rest is metadata."""
+    own = node.get_content(MetadataMode.NONE).strip()  # as the template does
+    text_first = getattr(node, "text_template", "").lstrip().startswith("{content}")
+    start = content.find(own) if text_first else content.rfind(own)
+    return Span(start, start + len(own)) if start >= 0 else Span(0, 0)
+
+
+def _in_own_text(relevance: Relevance, body: Span, node: BaseNode) -> Relevance:
     """Spans by the characters of the node's own text, where they were of the text with its metadata."""
-    if relevance.spans is None:
-        return relevance
-    body = node.get_content(MetadataMode.NONE)
-    start = content.rfind(body.strip())  # the template strips, and puts the text last
-    shift = start - (len(body) - len(body.lstrip()))
-    inside = [span for span in relevance.spans if start <= span.span.start and span.span.stop <= start + len(body)]
-    moved = tuple(
-        ScoredSpan(Span(span.span.start - shift, span.span.stop - shift), span.text, span.score)
-        for span in inside[: settings.max_spans]
-    )
-    return replace(relevance, spans=moved)
+    own = node.get_content(MetadataMode.NONE)
+    shift = body.start - (len(own) - len(own.lstrip()))
+    moved = [
+        replace(scored, span=Span(scored.span.start - shift, scored.span.stop - shift))
+        for scored in relevance.spans or ()
+    ]
+    return relevance if relevance.spans is None else replace(relevance, spans=tuple(moved))
 
 
 def _scored_copy(scored: NodeWithScore, relevance: Relevance, keep_retrieval_score: bool) -> NodeWithScore:
     """What we add to the metadata is for programs: neither embeddings nor the language model read it."""
     node = scored.node
     metadata = relevance.added_to(node.metadata)
+    written = [key for key in OWN_KEYS if key in metadata]
     if keep_retrieval_score and scored.score is not None:
         metadata[RETRIEVAL_SCORE] = float(scored.score)
-    update: dict[str, Any] = {"metadata": metadata}
+        written.append(RETRIEVAL_SCORE)
+    update: dict[str, Any] = {"metadata": metadata, "relationships": dict(node.relationships)}
     for field in ("excluded_embed_metadata_keys", "excluded_llm_metadata_keys"):
         known = getattr(node, field)
-        update[field] = [*known, *(key for key in METADATA_KEYS if key in metadata and key not in known)]
+        update[field] = [*known, *(key for key in written if key not in known)]
     return NodeWithScore(node=node.model_copy(update=update), score=relevance.score)
 
 
@@ -95,8 +100,10 @@ def pieces(document: LlamaDocument, chunk_size: int, chunk_overlap: int = 0) -> 
     from qr_integrations.retrieval.chunks import chunk, rough_token_starts
 
     text = document.text
+    templates = {name: getattr(document, name) for name in _TEMPLATES if hasattr(document, name)}
     return [
         TextNode(
+            **templates,
             id_=f"{document.node_id}-{span.start}",
             text=text[span.slice()],
             start_char_idx=span.start,
@@ -126,7 +133,8 @@ def update_prompts_of(settings: RerankSettings, prompts: dict[str, BasePromptTem
     """
     if PROMPT_KEY not in prompts:
         return
-    template = prompts[PROMPT_KEY].get_template()
-    if template.count("{query_str}") != 1:
-        raise InputError(f"the prompt {template!r} has no place for the query: pass one with {{query_str}} in it, once")
-    settings.prompt = template.replace("{query_str}", "{query}")
+    text = prompts[PROMPT_KEY].format(query_str=_PLACE)
+    if text.count(_PLACE) != 1:
+        shown = text.replace(_PLACE, "{query_str}")
+        raise InputError(f"the prompt {shown!r} has no place for the query: pass one with {{query_str}} in it, once")
+    settings.prompt = text.replace(_PLACE, "{query}")

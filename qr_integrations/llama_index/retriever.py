@@ -81,8 +81,7 @@ class QRRetriever(BaseRetriever):
         if sum(source is not None for source in (nodes, index, docstore)) != 1:
             raise InputError("pass one of nodes=..., index=... and docstore=...")
         if nodes is None:
-            docstore = index.docstore if docstore is None else docstore
-            nodes = list(docstore.docs.values())
+            nodes = list(docstore.docs.values()) if index is None else _nodes_of(index)
             if not nodes:
                 raise InputError(
                     "the document store holds no nodes (with some vector stores they live there only): pass nodes=..., "
@@ -112,6 +111,10 @@ class QRRetriever(BaseRetriever):
         sources = [text] if isinstance(text, str | Document) else text
         documents = [source if isinstance(source, Document) else Document(text=source) for source in sources]
         nodes = [node for document in documents for node in pieces(document, chunk_size, chunk_overlap)]
+        seen: dict[str, int] = {}
+        for node in nodes:  # documents with one id; LlamaIndex would drop all but the first
+            times = seen[node.id_] = seen.get(node.id_, 0) + 1
+            node.id_ += f"-{times}" if times > 1 else ""
         return cls(nodes, **settings)
 
     def _get_prompts(self) -> dict[str, BasePromptTemplate]:
@@ -128,3 +131,10 @@ class QRRetriever(BaseRetriever):
 
     async def _aretrieve(self, query_bundle: QueryBundle) -> list[NodeWithScore]:
         return await asyncio.to_thread(self._retrieve, query_bundle)
+
+
+def _nodes_of(index: Any) -> list[BaseNode]:
+    """The nodes of this index; its document store may hold those of others too."""
+    structure = index.index_struct
+    ids = list(getattr(structure, "nodes_dict", {}).values()) or list(getattr(structure, "nodes", []))
+    return list(index.docstore.get_nodes(ids)) if ids else list(index.docstore.docs.values())

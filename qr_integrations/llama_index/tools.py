@@ -45,10 +45,12 @@ class QRToolSpec(BaseToolSpec):
             )
         self._retriever, self._chunk_size = retriever, chunk_size
         self._settings: RerankSettings | None = None
-        if settings:
+        if isinstance(retriever, QRRetriever) and not {"model", "backend"} & settings.keys():
+            self._settings = retriever.settings.model_copy() if settings else retriever.settings
+            for name, value in settings.items():
+                setattr(self._settings, name, value)
+        elif settings:
             self._settings = RerankSettings(**settings)
-        elif isinstance(retriever, QRRetriever):
-            self._settings = retriever.settings
         self.spec_functions = [
             *(["search_documents"] if retriever is not None else []),
             *(["rerank_passages", "find_in_text"] if self._settings is not None else []),
@@ -58,6 +60,7 @@ class QRToolSpec(BaseToolSpec):
         """Search the documents. Ask a full question. Returns the best passages with their scores, best first."""
         if self._retriever is None:
             raise InputError("there are no documents to search: make QRToolSpec with retriever=...")
+        top_k = _count("top_k", top_k)
         if isinstance(self._retriever, QRRetriever):
             retriever = copy(self._retriever)
             retriever.similarity_top_k = top_k
@@ -70,14 +73,16 @@ class QRToolSpec(BaseToolSpec):
 
     def rerank_passages(self, query: str, passages: list[str], top_n: int = 5) -> str:
         """Order passages by how well they answer a question. Returns the best with their numbers and scores."""
+        if isinstance(passages, str):
+            raise InputError("passages is a single text: pass a list of texts")
         nodes = [NodeWithScore(node=TextNode(text=text, id_=str(i))) for i, text in enumerate(passages, start=1)]
-        ranked = rank_nodes(self._ranker, query, nodes, top_n, metadata_mode=MetadataMode.NONE)
+        ranked = rank_nodes(self._ranker, query, nodes, _count("top_n", top_n), metadata_mode=MetadataMode.NONE)
         return _numbered(ranked, [f"passage {scored.node_id}" for scored in ranked])
 
     def find_in_text(self, query: str, text: str, top_k: int = 3) -> str:
         """Find where a long text answers a question. Returns the best pieces with their characters and scores."""
         nodes = [NodeWithScore(node=node) for node in pieces(Document(text=text), self._chunk_size)]
-        ranked = rank_nodes(self._ranker, query, nodes, top_k, metadata_mode=MetadataMode.NONE)
+        ranked = rank_nodes(self._ranker, query, nodes, _count("top_k", top_k), metadata_mode=MetadataMode.NONE)
         return _numbered(ranked, [f"characters {n.node.start_char_idx}-{n.node.end_char_idx}" for n in ranked])
 
     @property
@@ -87,12 +92,25 @@ class QRToolSpec(BaseToolSpec):
         return self._settings
 
 
+def _count(name: str, given: Any) -> int:
+    """Language models also write "3" and 3.0."""
+    try:
+        count = int(given)
+    except (TypeError, ValueError):
+        count = -1
+    if count < 0:
+        raise InputError(f"{name} is {given!r}: pass a whole number, how many are wanted")
+    return count
+
+
 def _numbered(nodes: list[NodeWithScore], places: list[str]) -> str:
-    lines = [
-        f"{rank}. [{place}, score {scored.score or 0.0:.3f}] {scored.node.get_content(MetadataMode.NONE).strip()}"
-        for rank, (scored, place) in enumerate(zip(nodes, places, strict=True), start=1)
-    ]
-    return "\n\n".join(lines) or "Nothing found."
+    """One paragraph each: line ends within a passage become spaces."""
+    paragraphs = []
+    for rank, (scored, place) in enumerate(zip(nodes, places, strict=True), start=1):
+        score = "" if scored.score is None else f", score {scored.score:.3f}"
+        text = " ".join(scored.node.get_content(MetadataMode.NONE).split())
+        paragraphs.append(f"{rank}. [{place}{score}] {text}")
+    return "\n\n".join(paragraphs) or "Nothing found."
 
 
 def _source(scored: NodeWithScore) -> str:

@@ -285,10 +285,12 @@ def _words(layout: PromptLayout, scores_KT: Float[Tensor, "K T"], place: int, pi
     """The words of a document in the prompt, by their characters in the text that the caller gave."""
     read = layout.text[layout.texts[place].slice()]
     shift = piece.start + piece.read.text.index(read)  # a prompt may leave out white space at the ends
-    return [
+    moved = [
         replace(word, span=Span(word.span.start + shift, word.span.stop + shift))
         for word in attended_words(layout, scores_KT, place)
     ]
+    body = piece.given.body
+    return [w for w in moved if body is None or (body.start <= w.span.start and w.span.stop <= body.stop)]
 
 
 def as_documents(documents: Sequence[DocumentLike]) -> list[Document]:

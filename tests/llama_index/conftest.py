@@ -1,0 +1,172 @@
+"""What the tests of the LlamaIndex adapters share: four nodes, a reranker to compare with, recorders."""
+
+import asyncio
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import pytest
+from llama_index.core.instrumentation import get_dispatcher
+from llama_index.core.instrumentation.event_handlers import BaseEventHandler
+from llama_index.core.instrumentation.events import BaseEvent
+from llama_index.core.schema import NodeRelationship, NodeWithScore, RelatedNodeInfo, TextNode
+
+if TYPE_CHECKING:
+    from qr_integrations.llama_index import QRRerank
+
+TEXTS = [
+    "Cats sleep most of the day.",
+    "Dracula is an 1897 Gothic novel by the Irish author Bram Stoker.",
+    "The Danube flows through Vienna and Budapest.",
+    "Frankenstein was written by Mary Shelley.",
+]
+QUERIES = ["what do cats do", "who wrote dracula", "which river flows through vienna", "author of frankenstein"]
+SCORES = [0.1, None, 0.9, -3.0]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> Iterator[None]:
+    """The model is tiny: more threads only wait for each other."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def texts() -> list[str]:
+    """Text number i answers query number i."""
+    return list(TEXTS)
+
+
+@pytest.fixture
+def queries() -> list[str]:
+    return list(QUERIES)
+
+
+@pytest.fixture
+def nodes() -> list[NodeWithScore]:
+    """The texts with ids "a" to "d", metadata of which two keys are hidden, a source, and scores or none."""
+    return [
+        NodeWithScore(
+            node=TextNode(
+                id_="abcd"[i],
+                text=text,
+                metadata={"file_name": f"{i}.txt", "page": i, "nested": {"tags": [i, "é"]}},
+                excluded_embed_metadata_keys=["page", "nested"],
+                excluded_llm_metadata_keys=["file_name"],
+                relationships={NodeRelationship.SOURCE: RelatedNodeInfo(node_id="book")},
+            ),
+            score=SCORES[i],
+        )
+        for i, text in enumerate(TEXTS)
+    ]
+
+
+@pytest.fixture
+def plain() -> Callable[[Sequence[str]], list[NodeWithScore]]:
+    """Nodes that hold a text and nothing else, with their places in the list as ids."""
+    return lambda texts: [NodeWithScore(node=TextNode(id_=str(i), text=text)) for i, text in enumerate(texts)]
+
+
+@pytest.fixture(scope="session")
+def reranker(qr_mini: Any) -> "QRRerank":
+    """All nodes come back. Shared: leave it as it is."""
+    from qr_integrations.llama_index import QRRerank
+
+    return QRRerank(backend=qr_mini, top_n=None)
+
+
+@pytest.fixture(scope="session")
+def ranked(qr_mini: Any) -> Callable[..., list[Any]]:
+    """The numbers to compare with: place and score by `QRHeadReranker`, best first, as ``approx`` pairs."""
+    from qr_integrations import QRHeadReranker
+
+    made: dict[str, Any] = {}
+
+    def rank(query: str, texts: Sequence[str], **options: Any) -> list[Any]:
+        options = {"truncation": "head", **options}
+        if repr(options) not in made:
+            made[repr(options)] = QRHeadReranker(qr_mini, **options)
+        ranking = made[repr(options)].rank(query, list(texts))
+        return [(item.index, pytest.approx(item.score, abs=1e-6)) for item in ranking]
+
+    return rank
+
+
+@pytest.fixture
+def places() -> Callable[..., list[tuple[int, float | None]]]:
+    """Of ranked nodes, the places in the given list and the scores. Ids must differ."""
+
+    def found(ranked: Sequence[NodeWithScore], given: Sequence[NodeWithScore]) -> list[tuple[int, float | None]]:
+        known = [node.node_id for node in given]
+        return [(known.index(node.node_id), node.score) for node in ranked]
+
+    return found
+
+
+class Recorder(BaseEventHandler):
+    """Keeps the events of a few classes."""
+
+    seen: list[Any]
+    names: ClassVar = {"ReRankStartEvent", "ReRankEndEvent", "RetrievalStartEvent", "RetrievalEndEvent"}
+
+    def handle(self, event: BaseEvent, **_: Any) -> None:
+        if event.class_name() in self.names:
+            self.seen.append(event)
+
+
+@pytest.fixture
+def events() -> Iterator[list[Any]]:
+    """The instrumentation events of reranking and retrieval that this test made."""
+    handlers = get_dispatcher().event_handlers
+    recorder = Recorder(seen=[])
+    handlers.append(recorder)
+    yield recorder.seen
+    handlers.remove(recorder)
+
+
+@pytest.fixture
+def heartbeat() -> Callable[[Awaitable[Any]], Any]:
+    """Run something beside a clock that ticks on the event loop: result, ticks, seconds, longest pause."""
+
+    async def beside_a_clock(work: Awaitable[Any]) -> tuple[Any, int, float, float]:
+        ticks: list[float] = []
+
+        async def tick() -> None:
+            while True:
+                ticks.append(time.perf_counter())
+                await asyncio.sleep(0.005)
+
+        clock = asyncio.create_task(tick())
+        await asyncio.sleep(0)
+        result = await work
+        ticks.append(time.perf_counter())
+        clock.cancel()
+        pauses = [after - before for before, after in pairwise(ticks)]
+        return result, len(ticks), ticks[-1] - ticks[0], max(pauses)
+
+    return lambda work: asyncio.run(beside_a_clock(work))
+
+
+@pytest.fixture(scope="session")
+def fresh_python() -> Callable[[str], str]:
+    """What `code` prints in a new interpreter that sees the same package."""
+    import qr_integrations
+
+    path = os.pathsep.join([str(Path(qr_integrations.__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
+
+    def run(code: str) -> str:
+        environment = {**os.environ, "PYTHONPATH": path}
+        done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, env=environment)
+        assert done.returncode == 0, done.stderr
+        return done.stdout.strip()
+
+    return run
