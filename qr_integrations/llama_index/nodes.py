@@ -100,10 +100,9 @@ def pieces(document: LlamaDocument, chunk_size: int, chunk_overlap: int = 0) -> 
     from qr_integrations.retrieval.chunks import chunk, rough_token_starts
 
     text = document.text
-    templates = {name: getattr(document, name) for name in _TEMPLATES if hasattr(document, name)}
-    return [
-        TextNode(
-            **templates,
+    nodes = []
+    for span in chunk(text, rough_token_starts(text), chunk_size, chunk_overlap):
+        node = TextNode(
             id_=f"{document.node_id}-{span.start}",
             text=text[span.slice()],
             start_char_idx=span.start,
@@ -113,8 +112,10 @@ def pieces(document: LlamaDocument, chunk_size: int, chunk_overlap: int = 0) -> 
             excluded_llm_metadata_keys=list(document.excluded_llm_metadata_keys),
             relationships={NodeRelationship.SOURCE: document.as_related_node_info()},
         )
-        for span in chunk(text, rough_token_starts(text), chunk_size, chunk_overlap)
-    ]
+        for name in _TEMPLATES:
+            setattr(node, name, getattr(document, name))
+        nodes.append(node)
+    return nodes
 
 
 def prompts_of(settings: RerankSettings) -> dict[str, BasePromptTemplate]:
