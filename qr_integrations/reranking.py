@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Lock
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, field_validator, model_validator
@@ -88,7 +89,23 @@ class _Opened:
     """The rerankers made of an adapter's settings. Its copies share them, a pickle leaves them out."""
 
     def __init__(self) -> None:
-        self.rerankers: dict[str, AttentionReranker] = {}
+        self._rerankers: dict[str, AttentionReranker] = {}
+        self._lock = Lock()
+
+    def get(self, key: str) -> "AttentionReranker | None":
+        """The one for these settings, unless its backend was closed."""
+        with self._lock:
+            known = self._rerankers.get(key)
+            return None if known is None or known.backend.closed else known
+
+    def keep(self, key: str, made: "AttentionReranker") -> "AttentionReranker":
+        """Keep it, and drop the oldest; of several threads that made one, all go on with the first."""
+        with self._lock:
+            known = self._rerankers.pop(key, made)
+            self._rerankers[key] = known = made if known.backend.closed else known
+            for old in list(self._rerankers)[:-_KEPT_RERANKERS]:
+                del self._rerankers[old]
+            return known
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "_Opened":
         return self
@@ -180,6 +197,8 @@ class RerankSettings(BaseModel):
 
     @model_validator(mode="after")
     def _one_model(self) -> "RerankSettings":
+        if self.method == "icr" and self.heads not in ("auto", "all"):
+            raise InputError(f"ICR reads all heads, heads={self.heads!r} have no effect: leave out heads or method")
         if self.backend is None:
             if self.model is None:
                 raise InputError(
@@ -228,15 +247,7 @@ class RerankSettings(BaseModel):
         """
         names = ("model", *_LOADING, "method", "heads", *_RANKING)
         key = repr([(name, getattr(self, name)) for name in names]) + str(id(self.backend))
-        known = self._opened.rerankers
-        reranker = known.get(key)
-        if reranker is None or reranker.backend.closed:
-            known.pop(key, None)
-            made = self._make()
-            for old in list(known)[: -_KEPT_RERANKERS + 1]:
-                known.pop(old, None)
-            reranker = known.setdefault(key, made)  # threads that meet here go on with the same one
-        return reranker
+        return self._opened.get(key) or self._opened.keep(key, self._make())
 
     def _make(self) -> "AttentionReranker":
         from qr_integrations.backend import Backend

@@ -13,7 +13,9 @@ from qr_integrations.types import Span
 _PAUSES = (
     re.compile(r"\n\s*\n\s*"),
     re.compile(r"\n\s*"),
-    re.compile(r"[.!?\u2026]+[\"'\u2019\u201d)\]]*\s+|[\u3002\uff01\uff1f\u0964]+[\u300d\u300f\u201d]*\s*"),
+    re.compile(
+        r"(?<![.!?\u2026])[.!?\u2026]+[\"'\u2019\u201d)\]]*\s+|[\u3002\uff01\uff1f\u0964]+[\u300d\u300f\u201d]*\s*"
+    ),
     re.compile(r"\s+"),
 )
 # What counts as a token where no tokenizer is at hand: a short word, six letters of a long one, a sign.
@@ -21,7 +23,7 @@ _ROUGH_TOKEN = regex.compile(
     r"\p{Ideographic}|[\p{Hiragana}\p{Katakana}\p{Thai}]|[\p{L}\p{N}\p{M}_]{1,6}|[^\s\p{L}\p{N}\p{M}_]"
 )
 _LEAST_FILL = 0.5  # a better pause is taken only where the piece is at least this full
-_WORD_START = re.compile(r"(?<=\s)\S")
+_WORD_START, _SPACE = re.compile(r"(?<=\s)\S"), re.compile(r"\s+")
 
 
 def chunk(text: str, token_starts: Int[np.ndarray, "token"], chunk_size: int, chunk_overlap: int = 0) -> list[Span]:
@@ -51,8 +53,7 @@ def chunk(text: str, token_starts: Int[np.ndarray, "token"], chunk_size: int, ch
     while position < len(text):
         begin = position
         if chunk_overlap and spans:
-            earliest = int(starts[max(0, _token_at(starts, position) - chunk_overlap)])
-            begin = _overlapping(text, spans[-1], earliest, position)
+            begin = _overlapping(text, spans[-1], _earliest(starts, position, chunk_overlap), position)
         limit = _limit(starts, begin, chunk_size)
         if limit <= position:  # the repeated words alone fill the piece
             begin, limit = position, _limit(starts, position, chunk_size)
@@ -75,6 +76,14 @@ def _token_at(starts: Int[np.ndarray, "token"], position: int) -> int:
     return int(np.searchsorted(starts, starts[last]))
 
 
+def _earliest(starts: Int[np.ndarray, "token"], position: int, overlap: int) -> int:
+    """The first whole character among the `overlap` tokens before `position`."""
+    first = max(0, _token_at(starts, position) - overlap)
+    if first and starts[first - 1] == starts[first]:  # in the middle of a character
+        return int(starts[np.searchsorted(starts, starts[first], side="right")])
+    return int(starts[first])
+
+
 def _limit(starts: Int[np.ndarray, "token"], begin: int, chunk_size: int) -> int:
     """Where a piece from `begin` must stop: after `chunk_size` tokens, or one character if that has more."""
     limit = int(starts[min(_token_at(starts, begin) + chunk_size, len(starts) - 1)])
@@ -90,8 +99,9 @@ def _overlapping(text: str, before: Span, earliest: int, position: int) -> int:
 def _pause(text: str, begin: int, limit: int) -> int:
     """The end of a piece that starts at `begin` and must stop by `limit`."""
     least = begin + int((limit - begin) * _LEAST_FILL)
+    space = _SPACE.match(text, limit)  # of a sentence that ends at the limit
     for pause in _PAUSES:
-        ends = [match.end() for match in pause.finditer(text, least, limit)]
+        ends = [match.end() for match in pause.finditer(text, least, space.end() if space else limit)]
         if ends:
             return ends[-1]
     return limit

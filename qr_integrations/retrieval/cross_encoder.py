@@ -30,6 +30,7 @@ class QRCrossEncoder:
 
     def __init__(self, reranker: AttentionReranker) -> None:
         self.reranker = reranker
+        self.model_card_data = _ModelCardData()
 
     def predict(
         self,
@@ -48,11 +49,11 @@ class QRCrossEncoder:
             convert_to_numpy, convert_to_tensor: what to return; neither gives a list of tensors.
             ignored: `batch_size` and what else a cross-encoder knows and attention has no use for.
         """
-        single = bool(inputs) and isinstance(inputs[0], str)
+        single = len(inputs) > 0 and isinstance(inputs[0], str)
         pairs: Any = [inputs] if single else inputs
         scores = tensor(score_pairs(pairs, self._scores, show_progress=bool(show_progress_bar)))
         scores = scores[0] if single else scores
-        if convert_to_tensor:
+        if convert_to_tensor or (single and not convert_to_numpy):
             return scores
         return scores.numpy() if convert_to_numpy else list(scores)
 
@@ -76,6 +77,17 @@ class QRCrossEncoder:
         return [score for _, score in sorted((item.index, item.score) for item in ranking)]
 
 
+class _ModelCardData:
+    """Where sentence-transformers' evaluators leave what they measured."""
+
+    def __init__(self) -> None:
+        self.metrics: list[dict[str, Any]] = []
+
+    def set_evaluation_metrics(self, evaluator: Any, metrics: dict[str, Any], epoch: int = 0, step: int = 0) -> None:
+        """Called by an evaluator at its end."""
+        self.metrics.append(dict(metrics))
+
+
 def score_pairs(
     pairs: Sequence[Pair], scores_of: Callable[[str, Sequence[str]], Sequence[float]], *, show_progress: bool = False
 ) -> list[float]:
@@ -91,7 +103,11 @@ def score_pairs(
     """
     groups: dict[str, list[int]] = {}
     for number, pair in enumerate(pairs):
-        fits = isinstance(pair, list | tuple) and len(pair) == 2 and all(isinstance(text, str) for text in pair)
+        fits = (
+            isinstance(pair, list | tuple | np.ndarray)
+            and len(pair) == 2
+            and all(isinstance(text, str) for text in pair)
+        )
         if not fits:
             raise InputError(f"pair #{number} is {pair!r}: pass (query, text), two strings")
         groups.setdefault(pair[0], []).append(number)

@@ -18,10 +18,10 @@ from qr_integrations.retrieval.scoring import drop_outliers
 from qr_integrations.types import ScoredSpan, Span
 
 # Scripts that are written without spaces give one word per character; everywhere else a word keeps its accents.
-_WORD = regex.compile(
-    r"[\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}][\p{M}\u200d]*"
-    r"|[\p{L}\p{N}_][\p{L}\p{N}\p{M}_\u200c\u200d]*(?:['\u2019.\-][\p{L}\p{N}_][\p{L}\p{N}\p{M}_]*)*"
-)
+_SPACELESS = r"[\p{scx=Han}\p{scx=Hiragana}\p{scx=Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}&&[\p{L}\p{N}]]"
+_LETTER = rf"[[\p{{L}}\p{{N}}_]--{_SPACELESS}]"
+_WITHIN = rf"(?:{_LETTER}|[\p{{M}}\u200c\u200d])"
+_WORD = regex.compile(rf"(?V1){_SPACELESS}[\p{{M}}\u200d]*|{_LETTER}{_WITHIN}*(?:['\u2019.\-]{_LETTER}{_WITHIN}*)*")
 _EMPTY_LINE = regex.compile(r"\n\s*\n")
 _BASELINE = 0.5  # of the mean word: what a word must have to lengthen a span rather than to part two
 
@@ -58,18 +58,17 @@ def strongest_spans(text: str, words: Sequence[ScoredSpan], max_spans: int | Non
 
     Args:
         text: what `words` are words of.
-        words: in reading order, as `attended_words` returns them; scores below zero count as zero.
+        words: in reading order, as `attended_words` returns them.
         max_spans: the strongest so many; None returns all.
 
     Returns:
         Disjoint spans from the first letter of a word to the last of another, none across an empty line, strongest
         first. `score` is the part of the document's score that fell on their words.
     """
-    positive = [max(0.0, word.score) for word in words]
-    baseline = _BASELINE * sum(positive) / max(1, len(positive))
+    baseline = _BASELINE * sum(max(0.0, word.score) for word in words) / max(1, len(words))
     spans = []
     for paragraph in _paragraphs(text, words) if baseline > 0.0 else []:
-        for first, last in maximal_runs([positive[i] - baseline for i in paragraph]):
+        for first, last in maximal_runs([words[i].score - baseline for i in paragraph]):
             inside = [words[paragraph[i]] for i in range(first, last)]
             span = Span(inside[0].span.start, inside[-1].span.stop)
             spans.append(ScoredSpan(span, text[span.slice()], sum(word.score for word in inside)))

@@ -69,6 +69,7 @@ class PromptLayout:
         text: the prompt as text.
         offsets: ``[T, 2]`` characters of each token in `text`; None for tokenizers that cannot tell.
         texts: character span of each document's text in `text`.
+        tail: the character of `text` where what follows the documents starts.
     """
 
     token_ids: tuple[int, ...]
@@ -78,6 +79,7 @@ class PromptLayout:
     text: str
     offsets: Offsets | None
     texts: tuple[Span, ...]
+    tail: int
 
     def __len__(self) -> int:
         return len(self.token_ids)
@@ -114,16 +116,18 @@ class PromptWriter:
         ids, offsets, spans = self._tokenize(
             pieces, text, [*passages, Span(position + len(self._chat.separator), len(text))]
         )
-        rows = Span(spans[-1].start, len(ids))
-        return PromptLayout(tuple(ids), tuple(spans[:-1]), rows, Span(0, rows.start), text, offsets, tuple(texts))
+        rows, tail = Span(spans[-1].start, len(ids)), position + len(self._chat.separator)
+        return PromptLayout(tuple(ids), tuple(spans[:-1]), rows, Span(0, rows.start), text, offsets, tuple(texts), tail)
 
     def rewrite(self, known: PromptLayout, query: Query, documents: Sequence[Document]) -> PromptLayout:
         """The prompt of another query over the documents of `known`, without tokenizing the documents again.
 
         The end of the prompt is tokenized alone where that gave the same tokens for the known query.
         """
-        start = known.offsets[known.query.start][0] if known.offsets is not None else None
-        if start is None or tuple(self._encode(known.text[start:], False)[0]) != known.token_ids[known.query.slice()]:
+        start, same = known.tail, known.offsets is not None
+        if same:
+            same = tuple(self._encode(known.text[start:], False)[0]) == known.token_ids[known.query.slice()]
+        if not same:
             return self.write(query, documents)
         tail = self._tail(query)
         ids, offsets = self._encode(tail, False)
@@ -137,6 +141,7 @@ class PromptWriter:
             known.text[:start] + tail,
             np.concatenate([known.offsets[shared], offsets + start]),
             known.texts,
+            start,
         )
 
     def _passage(self, number: int, document: Document) -> tuple[str, str]:
@@ -188,13 +193,43 @@ def _token_span(offsets: Offsets, chars: Span) -> Span:
     return Span(int(real[first]), int(real[last_begun[1]]) + 1)
 
 
+def num_title_tokens(layout: PromptLayout, index: int, before: int = 0) -> int:
+    """Tokens of a document that start `before` characters ahead of its text: number and title, or less.
+
+    0 for tokenizers that cannot tell.
+    """
+    if layout.offsets is None:
+        return 0
+    starts = layout.offsets[layout.documents[index].slice(), 0]
+    return int((starts < layout.texts[index].start - before).sum())
+
+
+def title_room(layout: PromptLayout, index: int, document: Document, max_tokens: int) -> int:
+    """How many of a document's `max_tokens` its number and title get: all they need, or half if that left none."""
+    needed = num_title_tokens(layout, index)
+    number = num_title_tokens(layout, index, before=len(document.title or "") + 1) + 1  # and the line end
+    return needed if needed < max_tokens else min(needed, max(number, max_tokens // 2))
+
+
+def shorten_title(layout: PromptLayout, index: int, document: Document, max_tokens: int) -> Document:
+    """`document` with a title that takes, with its number, at most `max_tokens` tokens."""
+    if document.title is None or layout.offsets is None or num_title_tokens(layout, index) <= max_tokens:
+        return document
+    kept = int(layout.offsets[layout.documents[index].start + max(1, max_tokens) - 1][1])
+    cut = layout.texts[index].start - 1 - kept  # characters up to the line end
+    return replace(document, title=document.title[: max(0, len(document.title) - max(0, cut))])
+
+
 def shorten(layout: PromptLayout, index: int, document: Document, max_tokens: int) -> Document:
     """`document`, cut after its first `max_tokens` tokens in `layout` (its number and title included)."""
-    span = layout.documents[index]
+    span, chars = layout.documents[index], layout.texts[index]
     if len(span) <= max_tokens:
         return document
+    left_out = document.text.index(layout.text[chars.slice()])  # white space in front, where the prompt strips
     if layout.offsets is None:
-        kept = len(document.text) * max_tokens // len(span)
-    else:
-        kept = int(layout.offsets[span.start + max(1, max_tokens) - 1][1]) - layout.texts[index].start
-    return replace(document, text=document.text[: max(0, kept)])
+        return replace(document, text=document.text[: left_out + len(document.text) * max_tokens // len(span)])
+    room = title_room(layout, index, document, max_tokens)
+    first = span.start + num_title_tokens(layout, index)
+    last = min(first + max(0, max_tokens - room), span.stop) - 1
+    kept = int(layout.offsets[last][1]) - chars.start if last >= first else 0
+    return replace(shorten_title(layout, index, document, room), text=document.text[: left_out + max(0, kept)])

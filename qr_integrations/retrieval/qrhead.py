@@ -68,7 +68,7 @@ class QRHeadReranker(AttentionReranker):
         super().__init__(
             model,
             heads,
-            PromptStyle(prompt or FIND, first_occurrence=first_occurrence),
+            PromptStyle(FIND if prompt is None else prompt, first_occurrence=first_occurrence),
             calibrated=calibrated,
             instruction=instruction,
             null_instruction=null_instruction,

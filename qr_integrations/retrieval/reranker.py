@@ -102,7 +102,7 @@ class AttentionReranker:
             documents: strings, `Document`s, or mappings with ``text`` and perhaps ``title``, ``id``, ``metadata``. Not
                 changed.
             top_k: return the best `top_k` only; None returns all. All are scored either way.
-            instruction: what counts as relevant, in words; instead of the reranker's own.
+            instruction: what counts as relevant, in words; instead of the reranker's own, which ``""`` leaves out.
             explain: find the `spans` of each returned document, from the scores that rank it; a number: of the best so
                 many only.
             max_spans: the strongest so many per document; None for all.
@@ -121,6 +121,8 @@ class AttentionReranker:
         """
         given = as_documents(documents)
         _check_query(query, top_k)
+        if max_spans is not None and max_spans < 1:
+            raise InputError(f"max_spans must be at least 1, got {max_spans}: pass None for all spans")
         if not given:
             return Ranking(query, ())
         explained = int(explain) if explain is not True else top_k or len(given)
@@ -129,7 +131,8 @@ class AttentionReranker:
         while True:
             windows = self._fit(job.query, given, limits)
             try:
-                return Ranking(query, tuple(self._rank(job, windows, progress or _silent))).top(top_k)
+                items = self._rank(job, windows, progress or _silent)
+                return Ranking(query, tuple(_explained(items, job.explained))).top(top_k)
             except MemoryLimitError:
                 if limits.truncation == "error" or (longest := _longest(windows)) < 2 * _LEAST_WINDOW:
                     raise
@@ -180,7 +183,9 @@ class AttentionReranker:
         layout, scores_KT = self._scorer.score(asked, read, per_head=True)
         return score_documents_per_head(scores_KT, layout.documents)
 
-    def explain(self, query: str, documents: Sequence[DocumentLike], index: int) -> list[ScoredSpan]:
+    def explain(
+        self, query: str, documents: Sequence[DocumentLike], index: int, *, instruction: str | None = None
+    ) -> list[ScoredSpan]:
         """Every word of document `index` (position in `documents`) with the part of its score that fell on it.
 
         Call it after `rank` with the same documents: they are not read again. Of a long document in pieces, the words
@@ -192,7 +197,7 @@ class AttentionReranker:
                 f"there is no document #{index} among {len(given)}: pass ScoredDocument.index of a ranking"
             )
         _check_query(query, None)
-        asked = self._query(query, None)
+        asked = self._query(query, instruction)
         window = next(w for w in self._fit(asked, given, self.limits) if any(c.index == index for c in w))
         layout, scores_KT = self._scorer.score(asked, [candidate.read for candidate in window])
         place = [candidate.index for candidate in window].index(index)
@@ -203,7 +208,7 @@ class AttentionReranker:
         self._scorer.forget()
 
     def _query(self, query: str, instruction: str | None) -> Query:
-        return Query(query, instruction or self.instruction)
+        return Query(query, self.instruction if instruction is None else instruction)
 
     def _fit(self, query: Query, documents: Sequence[Document], limits: Limits) -> list[list[Candidate]]:
         return fit(documents, lambda read: self._scorer.layout(query, read), limits)
@@ -253,15 +258,20 @@ class AttentionReranker:
         )
         chosen: dict[int, Candidate] = {}
         for _, _, piece in places:
-            room -= 0 if piece.index in chosen else piece.num_tokens
+            room -= 0 if piece.index in chosen else piece.cost
             if room < 0 or len(chosen) == self.limits.batch_size:
                 break
             chosen.setdefault(piece.index, piece)
         return list(chosen.values())
 
 
+def _explained(items: Sequence[ScoredDocument], count: int) -> list[ScoredDocument]:
+    """Spans for the first `count` only: in the prompts before the last, others stood first."""
+    return [item if place < count else replace(item, spans=()) for place, item in enumerate(items)]
+
+
 def _longest(windows: Sequence[Sequence[Candidate]]) -> int:
-    return max(sum(candidate.num_tokens for candidate in window) for window in windows)
+    return max(sum(candidate.cost for candidate in window) for window in windows)
 
 
 def _others(heats: Sequence[Sequence[_Entrant]], final: Sequence[ScoredDocument]) -> list[ScoredDocument]:
@@ -273,7 +283,8 @@ def _others(heats: Sequence[Sequence[_Entrant]], final: Sequence[ScoredDocument]
         there = sum(max(0.0, reached[e.item.index]) for e in heat if e.item.index in reached)
         scale = there / here if there > 0 and here > 0 else 1.0
         for item in (e.item for e in heat if e.item.index not in reached):
-            scaled = replace(item, score=item.score * scale)
+            spans = tuple(replace(span, score=span.score * scale) for span in item.spans)
+            scaled = replace(item, score=item.score * scale, spans=spans)
             if item.index not in others or others[item.index].score < scaled.score:
                 others[item.index] = scaled
     last = final[-1].score

@@ -8,8 +8,8 @@ import numpy as np
 
 from qr_integrations.errors import InputError, WindowError
 from qr_integrations.retrieval.chunks import chunk
-from qr_integrations.retrieval.layout import PromptLayout, shorten
-from qr_integrations.types import Document
+from qr_integrations.retrieval.layout import PromptLayout, num_title_tokens, shorten, shorten_title, title_room
+from qr_integrations.types import Document, Span
 
 Truncation = Literal["error", "head", "chunk"]
 _TAIL_STEP = 64  # room for the query is rounded up to this, so that most queries cut documents alike and share a prefix
@@ -67,6 +67,7 @@ class Candidate:
         given: that document.
         read: what of it is read.
         num_tokens: how long that is.
+        cost: what it takes of a prompt, with what stands between documents.
         document_tokens: how much of the document is read in all pieces together.
         num_tokens_cut: how much is not read.
         start: the character of the given text at which `read` begins.
@@ -76,6 +77,7 @@ class Candidate:
     given: Document
     read: Document
     num_tokens: int
+    cost: int
     document_tokens: int
     num_tokens_cut: int = 0
     start: int = 0
@@ -122,7 +124,8 @@ def fit(
         WindowError: it does not fit; the message does the arithmetic.
     """
     layout = whole = layout_of(documents)
-    candidates = _limited(documents, whole, limits, limits.max_doc_tokens)
+    gap = _widest_gap(whole)
+    candidates = _limited(documents, whole, limits, limits.max_doc_tokens, gap)
     if len(candidates) > len(documents) or any(candidate.num_tokens_cut for candidate in candidates):
         layout = layout_of([candidate.read for candidate in candidates])
     if _fits(layout, limits):
@@ -133,21 +136,20 @@ def fit(
             f"{_arithmetic(layout, window)}: pass truncation='head' to cut documents, truncation='chunk' for pieces in "
             "several prompts, or fewer documents"
         )
-    gap = _widest_gap(whole)
     if window is None:
         room = sum(len(span) + gap for span in layout.documents)
     else:
         tail = -(-len(layout.query) // _TAIL_STEP) * _TAIL_STEP
         room = window - tail - whole.documents[0].start - gap
-    cap = _cap([candidate.num_tokens + gap for candidate in candidates], room, limits) - gap
+    cap = _cap([candidate.cost for candidate in candidates], room, limits) - gap
     if cap < _LEAST and window is not None:
         raise WindowError(
             f"{_arithmetic(layout, window)}, which leaves {max(0, cap)} per document; fewer than {_LEAST} are "
             "not worth reading: pass a shorter query, or a larger max_context_tokens"
         )
     if limits.truncation != "error":
-        candidates = _limited(documents, whole, limits, min(cap, limits.max_doc_tokens or cap))
-    costs = [candidate.num_tokens + gap for candidate in candidates]
+        candidates = _limited(documents, whole, limits, min(cap, limits.max_doc_tokens or cap), gap)
+    costs = [candidate.cost for candidate in candidates]
     return [[candidates[i] for i in numbers] for numbers in pack(costs, room, limits.batch_size)]
 
 
@@ -166,7 +168,7 @@ def _cap(costs: Sequence[int], room: int, limits: Limits) -> int:
     """The most that is read of one document, its gap included."""
     if limits.max_context_tokens is None:
         return room
-    several = room // _PER_WINDOW
+    several = room // min(_PER_WINDOW, limits.batch_size or _PER_WINDOW)
     if limits.truncation == "head" and len(costs) <= (limits.batch_size or len(costs)):
         fair = fair_cap(costs, room)
         if fair >= min(_LEAST_HEAD, several):
@@ -174,17 +176,20 @@ def _cap(costs: Sequence[int], room: int, limits: Limits) -> int:
     return several
 
 
-def _limited(documents: Sequence[Document], layout: PromptLayout, limits: Limits, cap: int | None) -> list[Candidate]:
+def _limited(
+    documents: Sequence[Document], layout: PromptLayout, limits: Limits, cap: int | None, gap: int
+) -> list[Candidate]:
     """Every document whole, or as much of it as `cap` allows: its head, or its pieces one after the other."""
     candidates = []
     for i, document in enumerate(documents):
         length = len(layout.documents[i])
         if cap is None or length <= cap:
-            candidates.append(Candidate(i, document, document, length, length))
+            candidates.append(Candidate(i, document, document, length, length + gap, length))
         elif limits.truncation == "head":
-            candidates.append(Candidate(i, document, shorten(layout, i, document, cap), cap, cap, length - cap))
+            read = shorten(layout, i, document, cap)
+            candidates.append(Candidate(i, document, read, cap, cap + gap, cap, length - cap))
         elif limits.truncation == "chunk":
-            candidates += _pieces(layout, i, document, cap)
+            candidates += _pieces(layout, i, document, cap, gap)
         else:
             raise WindowError(
                 f"document #{i} has {length:,} tokens, more than max_doc_tokens={cap:,}: pass truncation='head' to cut "
@@ -193,28 +198,24 @@ def _limited(documents: Sequence[Document], layout: PromptLayout, limits: Limits
     return candidates
 
 
-def _pieces(layout: PromptLayout, index: int, document: Document, cap: int) -> list[Candidate]:
+def _pieces(layout: PromptLayout, index: int, document: Document, cap: int, gap: int) -> list[Candidate]:
     """Consecutive pieces of a document, each under its title."""
     span, chars = layout.documents[index], layout.texts[index]
-    text = layout.text[chars.slice()]
+    text, whole_title = layout.text[chars.slice()], num_title_tokens(layout, index)
+    title = title_room(layout, index, document, cap)
     if layout.offsets is None:
         starts = np.arange(len(span)) * len(text) // len(span)
     else:
-        in_text = layout.offsets[span.slice(), 0] - chars.start
-        starts = np.maximum(in_text[in_text >= 0], 0)
-    title = len(span) - len(starts)
+        starts = layout.offsets[span.start + whole_title : span.stop, 0] - chars.start
+    titled = shorten_title(layout, index, document, title)
     before = document.text.index(text)  # white space that the prompt leaves out
-    return [
-        Candidate(
-            index,
-            document,
-            replace(document, text=text[piece.slice()]),
-            title + int(((starts >= piece.start) & (starts < piece.stop)).sum()),
-            len(span),
-            start=before + piece.start,
-        )
-        for piece in chunk(text, starts, max(_LEAST, cap - title))
-    ] or [Candidate(index, document, document, len(span), len(span))]
+    read, cut = title + len(starts), whole_title - title
+    candidates = []
+    for piece in chunk(text, starts, max(1, cap - title)) or [Span(0, 0)]:
+        length = title + int(((starts >= piece.start) & (starts < piece.stop)).sum())
+        part = replace(titled, text=text[piece.slice()])
+        candidates.append(Candidate(index, document, part, length, length + gap, read, cut, before + piece.start))
+    return candidates
 
 
 def _arithmetic(layout: PromptLayout, max_tokens: int) -> str:

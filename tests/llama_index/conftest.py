@@ -29,17 +29,6 @@ QUERIES = ["what do cats do", "who wrote dracula", "which river flows through vi
 SCORES = [0.1, None, 0.9, -3.0]
 
 
-@pytest.fixture(scope="session", autouse=True)
-def one_thread() -> Iterator[None]:
-    """The model is tiny: more threads only wait for each other."""
-    import torch
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture
 def texts() -> list[str]:
     """Text number i answers query number i."""

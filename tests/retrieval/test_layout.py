@@ -156,11 +156,13 @@ def test_chat_template_of_the_model_is_used(qr_mini: Any) -> None:
 @pytest.mark.parametrize("num_tokens", [1, 3, 5, 8, 1000])
 def test_shortening_keeps_the_beginning(num_tokens: int) -> None:
     from qr_integrations import Document
-    from qr_integrations.retrieval.layout import shorten
+    from qr_integrations.retrieval.layout import PromptStyle, PromptWriter, Query, shorten
 
     document = Document(TEXTS[0], "Title", id="d", metadata={"k": 1})
     layout = write(byte_level(), "who", [TEXTS[0]])
     shorter = shorten(layout, 0, document, num_tokens)
     assert TEXTS[0].startswith(shorter.text) and (shorter.id, shorter.metadata) == ("d", {"k": 1})
-    again = write(byte_level(), "who", [shorter.text])
-    assert len(again.documents[0]) <= max(num_tokens, len(write(byte_level(), "who", [""]).documents[0])) + 2
+    assert document.title is not None and shorter.title is not None and document.title.startswith(shorter.title)
+    writer = PromptWriter(backend(byte_level()), PromptStyle())
+    again, bare = (writer.write(Query("who"), [d]) for d in (shorter, Document("", "")))
+    assert len(again.documents[0]) <= max(num_tokens, len(bare.documents[0])) + 2
