@@ -136,6 +136,7 @@ class RerankSettings(BaseModel):
             this list, no probability. ``"sigmoid"`` is 1 / (1 + exp(-score)): 0.5 for a document that the query looks
             at no more than the null query. A function takes all scores, best first, and returns as many.
         score_threshold: leave out documents whose score, after `normalize`, is below.
+        title_key: the metadata key whose value is a document's title; it is read in a line of its own in front.
         explain: add `qr_spans`, the stretches of text that a document was ranked by.
         max_spans: the strongest so many of each document; None for all.
         show_progress: a bar over the prompts, where there are several.
@@ -167,6 +168,7 @@ class RerankSettings(BaseModel):
     keep_prefixes: int = Field(default=2, ge=0)
     normalize: Normalize | None = None
     score_threshold: float | None = None
+    title_key: str | None = None
     explain: bool = False
     max_spans: int | None = Field(default=3, ge=1)
     show_progress: bool = False
@@ -237,6 +239,11 @@ class RerankSettings(BaseModel):
         if "normalize" not in state["__dict__"]:  # LlamaIndex drops what cannot be pickled
             raise InputError("normalize is a function that cannot be pickled: pass one defined at a module's top level")
         return {**state, "__dict__": {**state["__dict__"], "backend": None}}
+
+    def title_of(self, metadata: Mapping[str, Any]) -> str | None:
+        """The title under `title_key`, if there is one."""
+        title = None if self.title_key is None else metadata.get(self.title_key)
+        return None if title is None else str(title)
 
     def open(self) -> "AttentionReranker":
         """The reranker behind the adapter; the first call loads the model.

@@ -1,6 +1,8 @@
 """From a name to a model on a device, with errors that name the cure."""
 
 import errno
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -113,19 +115,34 @@ def load_model(
         placement["quantization_config"] = quantization_config(quantization)
         placement.setdefault("device_map", {"": device})
     try:
-        config = AutoConfig.from_pretrained(name, **hub_kwargs)
-        auto = (
-            AutoModelForImageTextToText
-            if type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
-            else AutoModelForCausalLM
-        )
-        tokenizer = AutoTokenizer.from_pretrained(name, **hub_kwargs)
-        model = auto.from_pretrained(name, use_safetensors=True, **placement, **hub_kwargs, **model_kwargs)
+        with _quiet(name):
+            config = AutoConfig.from_pretrained(name, **hub_kwargs)
+            auto = (
+                AutoModelForImageTextToText
+                if type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+                else AutoModelForCausalLM
+            )
+            tokenizer = AutoTokenizer.from_pretrained(name, **hub_kwargs)
+            model = auto.from_pretrained(name, use_safetensors=True, **placement, **hub_kwargs, **model_kwargs)
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise LoadError(_explain(name, error)) from error
     if not placement:
         model = model.to(device)
     return model.eval(), tokenizer
+
+
+@contextmanager
+def _quiet(name: str) -> Iterator[None]:
+    """No progress bar for a bundled model, which is there at once."""
+    bundled = Path(name) in {bundled_path(known) for known in BUNDLED}
+    if not bundled or not transformers_logging.is_progress_bar_enabled():
+        yield
+        return
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.enable_progress_bar()
 
 
 def _checked_device_map(device_map: Any) -> Any:

@@ -6,12 +6,11 @@ from typing import Any
 
 from qr_integrations.backend import Backend
 from qr_integrations.backend.loading import hide_progress_bars
-from qr_integrations.bundled import BUNDLED
 
 
 def load(args: argparse.Namespace, **more: Any) -> Backend:
     """Load it; progress bars of the weights are for people who wait at a terminal."""
-    if args.model in BUNDLED or not sys.stderr.isatty():
+    if not sys.stderr.isatty():
         hide_progress_bars()
     return Backend.load(
         args.model, device=args.device, dtype=args.dtype, trust_remote_code=args.trust_remote_code, **more

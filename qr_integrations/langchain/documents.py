@@ -10,7 +10,7 @@ from qr_integrations.reranking import RELEVANCE_SCORE, RETRIEVAL_SCORE, RerankSe
 from qr_integrations.types import Document as Ranked
 
 
-def as_ranked(documents: Sequence[str | Document | Mapping[str, Any]]) -> list[Ranked]:
+def as_ranked(documents: Sequence[str | Document | Mapping[str, Any]], settings: RerankSettings) -> list[Ranked]:
     """What callers pass to rerank: strings, LangChain documents, or mappings with ``text``.
 
     Raises:
@@ -18,18 +18,18 @@ def as_ranked(documents: Sequence[str | Document | Mapping[str, Any]]) -> list[R
     """
     if isinstance(documents, str | Document | Mapping):
         raise InputError("documents is a single document: pass a list of them")
-    return [_as_ranked(number, document) for number, document in enumerate(documents)]
+    return [_as_ranked(number, document, settings) for number, document in enumerate(documents)]
 
 
-def _as_ranked(number: int, given: Any) -> Ranked:
-    text = given
+def _as_ranked(number: int, given: Any, settings: RerankSettings) -> Ranked:
+    text, title = given, None
     if isinstance(given, Document):
-        text = given.page_content
+        text, title = given.page_content, settings.title_of(given.metadata)
     elif isinstance(given, Mapping):
-        text = given.get("text", given.get("page_content"))
+        text, title = given.get("text", given.get("page_content")), settings.title_of(given)
     if not isinstance(text, str):
         raise InputError(f"document #{number} has no text: pass a string, a Document, or a mapping with 'text'")
-    return Ranked(text, id=getattr(given, "id", None))
+    return Ranked(text, title, id=getattr(given, "id", None))
 
 
 def rank_documents(
@@ -40,7 +40,7 @@ def rank_documents(
     A ``relevance_score`` that a document came with is kept as ``retrieval_score``.
     """
     found = []
-    for relevance in settings.relevances(query, as_ranked(documents), top_n):
+    for relevance in settings.relevances(query, as_ranked(documents, settings), top_n):
         document = documents[relevance.index]
         before = document.metadata.get(RELEVANCE_SCORE)
         metadata = {**relevance.added_to(document.metadata), RELEVANCE_SCORE: relevance.score}

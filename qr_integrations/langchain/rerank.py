@@ -75,7 +75,7 @@ class QRRerank(RerankSettings, BaseDocumentCompressor):
         top_n = self.top_n if top_n == -1 else top_n
         if top_n is not None and top_n < 0:
             raise InputError(f"top_n is {top_n}: pass 0 or more, None for all, or -1 for the reranker's own")
-        found = self.relevances(query, as_ranked(documents), top_n)
+        found = self.relevances(query, as_ranked(documents, self), top_n)
         return [{"index": relevance.index, RELEVANCE_SCORE: relevance.score} for relevance in found]
 
     def as_runnable(self) -> Runnable[dict[str, Any], list[Document]]:

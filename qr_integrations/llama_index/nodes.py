@@ -41,7 +41,7 @@ def rank_nodes(
     Raises:
         InputError: a node holds an image and no text.
     """
-    documents = [_document(number, scored.node, metadata_mode) for number, scored in enumerate(nodes)]
+    documents = [_document(number, scored.node, metadata_mode, settings) for number, scored in enumerate(nodes)]
     ranked = []
     for relevance in settings.relevances(query, documents, top_n):
         scored, body = nodes[relevance.index], documents[relevance.index].body
@@ -50,15 +50,19 @@ def rank_nodes(
     return ranked
 
 
-def _document(number: int, node: BaseNode, metadata_mode: MetadataMode) -> Document:
+def _document(number: int, node: BaseNode, metadata_mode: MetadataMode, settings: RerankSettings) -> Document:
     media = isinstance(node, ImageNode) or any(getattr(node, name, None) is not None for name in _MEDIA)
     if media and not node.get_content(MetadataMode.NONE).strip():
         raise InputError(
             f"node #{number} ({node.node_id}) is an image without text (or a recording), which a text model cannot "
             "rank: give it a caption as its text, or leave such nodes out"
         )
+    title = settings.title_of(node.metadata)
+    if title is not None:  # it stands in front, not once more among the metadata
+        rest = {name: value for name, value in node.metadata.items() if name != settings.title_key}
+        node = node.model_copy(update={"metadata": rest})
     content = node.get_content(metadata_mode)
-    return Document(content, id=node.node_id, body=_body(node, content))
+    return Document(content, title, id=node.node_id, body=_body(node, content))
 
 
 def _body(node: BaseNode, content: str) -> Span:

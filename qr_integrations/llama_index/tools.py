@@ -29,7 +29,7 @@ class QRToolSpec(BaseToolSpec):
         1. [passage 2, score 0...] Dracula was written by Bram Stoker.
     """
 
-    def __init__(self, retriever: BaseRetriever | None = None, *, chunk_size: int = 256, **settings: Any) -> None:
+    def __init__(self, retriever: BaseRetriever | None = None, *, chunk_size: int = 128, **settings: Any) -> None:
         """Args:
         retriever: adds the tool `search_documents`. With a `QRRetriever` its model serves the other tools too; what any
             other retriever finds is ranked again if a model is given.

@@ -22,8 +22,8 @@ _SPACELESS = r"[\p{scx=Han}\p{scx=Hiragana}\p{scx=Katakana}\p{Thai}\p{Lao}\p{Khm
 _LETTER = rf"[[\p{{L}}\p{{N}}_]--{_SPACELESS}]"
 _WITHIN = rf"(?:{_LETTER}|[\p{{M}}\u200c\u200d])"
 _WORD = regex.compile(rf"(?V1){_SPACELESS}[\p{{M}}\u200d]*|{_LETTER}{_WITHIN}*(?:['\u2019.\-]{_LETTER}{_WITHIN}*)*")
+_BASELINE = 0.9  # of the mean word: what a word must have to lengthen a span; below 1, so that a single word is one
 _EMPTY_LINE = regex.compile(r"\n\s*\n")
-_BASELINE = 0.5  # of the mean word: what a word must have to lengthen a span rather than to part two
 
 
 def attended_words(layout: PromptLayout, scores_KT: Float[Tensor, "K T"], index: int) -> list[ScoredSpan]:
@@ -53,8 +53,8 @@ def attended_words(layout: PromptLayout, scores_KT: Float[Tensor, "K T"], index:
 def strongest_spans(text: str, words: Sequence[ScoredSpan], max_spans: int | None = 3) -> list[ScoredSpan]:
     """The stretches of `text` that hold most of its score for their length.
 
-    They are the maximal scoring subsequences (Ruzzo and Tompa, 1999) of the words' scores above half their mean: a
-    weak word between two strong ones is taken in, a weak sentence is not.
+    They are the maximal scoring subsequences (Ruzzo and Tompa, 1999) of the words' scores above nine tenths of their
+    mean: a weak word between two strong ones is taken in, a weak sentence is not.
 
     Args:
         text: what `words` are words of.
