@@ -22,7 +22,13 @@ from qr_integrations.types import Document, Span
 PROMPT_KEY = "qr_prompt"
 _PLACE = "\ue000QUERY\ue000"  # private-use characters: no prompt has them
 _MEDIA = ("image_resource", "audio_resource", "video_resource")
-_TEMPLATES = ("text_template", "metadata_template", "metadata_separator")
+# How a document writes its metadata; nodes of llama-index-core 0.14.0 go by the misspelt one.
+_TEMPLATES = {
+    "text_template": "text_template",
+    "metadata_template": "metadata_template",
+    "metadata_separator": "metadata_separator",
+    "metadata_seperator": "metadata_separator",
+}
 
 
 def rank_nodes(
@@ -116,8 +122,8 @@ def pieces(document: LlamaDocument, chunk_size: int, chunk_overlap: int = 0) -> 
             excluded_llm_metadata_keys=list(document.excluded_llm_metadata_keys),
             relationships={NodeRelationship.SOURCE: document.as_related_node_info()},
         )
-        for name in _TEMPLATES:
-            setattr(node, name, getattr(document, name))
+        for name in _TEMPLATES.keys() & TextNode.model_fields.keys():
+            setattr(node, name, getattr(document, _TEMPLATES[name]))
         nodes.append(node)
     return nodes
 
