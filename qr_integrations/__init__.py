@@ -6,13 +6,15 @@ The front door. Importing it loads neither torch nor a framework; a name is impo
 from importlib import import_module
 from typing import Any
 
-__version__ = "0.1.0"
+from qr_integrations.version import __version__ as __version__
 
 _EXPORTS = {
     "Backend": "qr_integrations.backend",
     "Document": "qr_integrations.types",
+    "HeadDetector": "qr_integrations.retrieval",
     "HeadSet": "qr_integrations.retrieval",
     "ICRReranker": "qr_integrations.retrieval",
+    "JudgedList": "qr_integrations.types",
     "PromptLayout": "qr_integrations.retrieval",
     "QRCrossEncoder": "qr_integrations.retrieval",
     "QRHeadReranker": "qr_integrations.retrieval",
@@ -25,8 +27,10 @@ _EXPORTS = {
 __all__ = [
     "Backend",
     "Document",
+    "HeadDetector",
     "HeadSet",
     "ICRReranker",
+    "JudgedList",
     "PromptLayout",
     "QRCrossEncoder",
     "QRHeadReranker",

@@ -46,6 +46,27 @@ class Document:
 
 
 @dataclass(frozen=True, slots=True)
+class JudgedList:
+    """A question, documents, and which of them answer it.
+
+    Attributes:
+        query: the question.
+        documents: in the order in which they were retrieved.
+        relevance: position in `documents` -> grade; above 0 is relevant, what is left out counts 0.
+        id: of the question.
+    """
+
+    query: str
+    documents: tuple[Document, ...]
+    relevance: Mapping[int, int]
+    id: str = ""
+
+    def __post_init__(self) -> None:
+        if bad := [place for place in self.relevance if not 0 <= place < len(self.documents)]:
+            raise ValueError(f"there is no document #{bad[0]} among {len(self.documents)}: judge the documents given")
+
+
+@dataclass(frozen=True, slots=True)
 class ScoredSpan:
     """A piece of a document's text, by its characters, and its part of the document's score."""
 

@@ -16,7 +16,7 @@ REPO = Path(__file__).parents[1]
 PACKAGE = REPO / "qr_integrations"
 FILES = sorted(str(p.relative_to(PACKAGE)) for p in PACKAGE.rglob("*.py"))
 
-GROUND = {"errors", "types", "bundled"}
+GROUND = {"errors", "types", "files", "version", "bundled"}
 CELLAR = GROUND | {"backend"}
 ROOMS = {"retrieval", "cropping", "decoding", "encoding", "pruning"}
 BELOW_THE_ROOF = CELLAR | ROOMS
@@ -24,6 +24,8 @@ BELOW_THE_ROOF = CELLAR | ROOMS
 MAY_IMPORT = {
     "errors": set(),
     "highlighting": set(),
+    "files": set(),
+    "version": set(),
     "types": {"errors", "highlighting"},
     "bundled": {"errors", "types"},
     "backend": GROUND,

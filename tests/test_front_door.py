@@ -21,8 +21,10 @@ TREE = Path(__file__).parents[1] / "qr_integrations"
 NAMES = [
     "Backend",
     "Document",
+    "HeadDetector",
     "HeadSet",
     "ICRReranker",
+    "JudgedList",
     "PromptLayout",
     "QRCrossEncoder",
     "QRHeadReranker",

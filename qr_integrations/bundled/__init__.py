@@ -1,12 +1,13 @@
 """The small models that ship with the package: weights, cards, and the sample of questions of the demo."""
 
+import gzip
 import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from qr_integrations.errors import LoadError
-from qr_integrations.types import Document
+from qr_integrations.types import Document, JudgedList
 
 BUNDLED = frozenset({"qr-mini"})
 SAMPLE_SOURCE = (
@@ -62,3 +63,17 @@ def _question(path: Path, number: int, line: str) -> SampleQuestion:
     if not (0 <= question.gold < len(documents) == len(bm25)):
         raise LoadError(f"{path}, line {number}: `gold` and `bm25` do not fit the documents: install the package again")
     return question
+
+
+def read_detection_lists() -> list[JudgedList]:
+    """100 questions with ten passages each, the first of which answers; other questions than those of `read_sample`.
+
+    From the same source. `qr-mini` was not trained on these questions; its heads were chosen with them.
+    """
+    packed = (Path(__file__).parent / "nq-detection" / "lists.json.gz").read_bytes()
+    entry = json.loads(gzip.decompress(packed))
+    passages = [Document(text, title or None) for title, text in entry["passages"]]
+    return [
+        JudgedList(question, tuple(passages[i] for i in numbers), {0: 1}, id=f"nq-{number}")
+        for number, (question, numbers) in enumerate(entry["lists"])
+    ]

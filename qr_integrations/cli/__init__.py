@@ -20,6 +20,11 @@ FILE is text, Markdown (.md), JSON lines (.jsonl, one {"text": ..., "title": ...
 standard input: JSON lines if it begins with `{`, else text. A text file is one document unless --split says otherwise.
 The table goes to standard output, notes and errors to standard error. Exit codes: 0 done, 2 error, 130 interrupted.
 """
+_DETECT_NOTES = """\
+A line of --data: {"query": "...", "documents": [{"text": "...", "title": "..."}, ...], "gold": [0]}, counted from 0.
+Stopped and started again with the same arguments, it goes on where it was. A file qr_heads.json in a model's folder is
+found by heads="auto". Exit codes: 0 done, 2 error, 130 interrupted.
+"""
 _DOCTOR_NOTES = (
     "Exit codes: 0 all checks passed, 1 a check failed, 2 the model cannot be loaded or read, 130 interrupted."
 )
@@ -58,8 +63,8 @@ def _parser() -> argparse.ArgumentParser:
         "qr-integrations", description="Rank documents with the attention of a language model that you run yourself."
     )
     parser.add_argument("--version", action="version", version=f"qr-integrations {__version__}")
-    commands = parser.add_subparsers(dest="command", title="commands", metavar="{demo,rerank,doctor}")
-    for add in (_add_demo, _add_rerank, _add_doctor):
+    commands = parser.add_subparsers(dest="command", title="commands", metavar="{demo,rerank,detect,doctor}")
+    for add in (_add_demo, _add_rerank, _add_detect, _add_doctor):
         add(commands)
     return parser
 
@@ -107,6 +112,32 @@ def _add_rerank(commands: Any) -> None:
     rerank.add_argument("--explain", action="store_true", help="show which words each document was ranked by")
     rerank.add_argument("--json", action="store_true", help="one JSON object; rank counts from 1, index from 0")
     _add_model(rerank)
+
+
+def _add_detect(commands: Any) -> None:
+    detect = commands.add_parser(
+        "detect",
+        help="find the heads of a model that rank",
+        description="Score every head of a model on questions with known answers, and write the best to a file.",
+        epilog=_DETECT_NOTES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    detect.add_argument("--data", metavar="FILE", help="lists as JSON lines (default: 100 built-in lists)")
+    detect.add_argument(
+        "--objective",
+        choices=["qrscore", "ndcg", "contrastive"],
+        default="qrscore",
+        help="attention mass on the gold documents (default), nDCG@10 of each head, or gold against the others",
+    )
+    detect.add_argument("--top-k", type=int, default=16, metavar="N", help="how many heads to keep (default: 16)")
+    detect.add_argument("--max-layer", type=int, metavar="N", help="no head above this layer: fewer layers to run")
+    detect.add_argument("--limit", type=int, metavar="N", help="read the first N lists only")
+    detect.add_argument("--max-doc-tokens", type=int, metavar="N", help="cut every document to N tokens")
+    detect.add_argument("--seed", type=int, default=0, help="of the order of the documents (default: 0)")
+    detect.add_argument("--out", default="qr_heads.json", metavar="FILE", help="the result (default: qr_heads.json)")
+    detect.add_argument("--plot", metavar="FILE", help="a heat map of all heads, for instance heads.png")
+    detect.add_argument("--json", action="store_true", help="the result on standard output too, as one JSON object")
+    _add_model(detect)
 
 
 def _add_doctor(commands: Any) -> None:

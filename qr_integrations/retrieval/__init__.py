@@ -5,9 +5,10 @@ line here.
 """
 
 from qr_integrations.retrieval.cross_encoder import QRCrossEncoder
+from qr_integrations.retrieval.detection import HeadDetector
 from qr_integrations.retrieval.heads import HeadSet
 from qr_integrations.retrieval.icr import ICRReranker
 from qr_integrations.retrieval.layout import PromptLayout
 from qr_integrations.retrieval.qrhead import QRHeadReranker
 
-__all__ = ["HeadSet", "ICRReranker", "PromptLayout", "QRCrossEncoder", "QRHeadReranker"]
+__all__ = ["HeadDetector", "HeadSet", "ICRReranker", "PromptLayout", "QRCrossEncoder", "QRHeadReranker"]

@@ -9,6 +9,7 @@ from pathlib import Path
 from qr_integrations.backend import Backend
 from qr_integrations.bundled import BUNDLED, bundled_path
 from qr_integrations.errors import HeadError
+from qr_integrations.files import write_whole
 
 Head = tuple[int, int]
 _PUBLISHED = Path(__file__).parent / "head_sets" / "published.json"
@@ -89,10 +90,13 @@ class HeadSet:
                 f'{str(path)!r} is not a head set ({error}): it needs {{"heads": [[layer, head], ...]}}'
             ) from error
 
+    def as_dict(self) -> dict[str, object]:
+        """As it stands in a file."""
+        return {name: getattr(self, name) for name in ("model", "detection_data", "objective", "heads", "source")}
+
     def save(self, path: str | Path) -> None:
         """Write as JSON."""
-        data = {name: getattr(self, name) for name in ("model", "detection_data", "objective", "heads", "source")}
-        Path(path).write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+        write_whole(path, json.dumps(self.as_dict(), indent=1) + "\n")
 
     @classmethod
     def published(cls, model: str, detection_data: str | None = None) -> "HeadSet":
