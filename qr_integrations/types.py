@@ -74,6 +74,10 @@ class ScoredSpan:
     text: str
     score: float
 
+    def moved(self, by: int) -> "ScoredSpan":
+        """The same piece, counted from a character `by` further to the left."""
+        return ScoredSpan(Span(self.span.start + by, self.span.stop + by), self.text, self.score)
+
     def as_dict(self) -> dict[str, Any]:
         """``{"start", "end", "text", "score"}``, as it stands in JSON and in the adapters' metadata."""
         return {"start": self.span.start, "end": self.span.stop, "text": self.text, "score": self.score}

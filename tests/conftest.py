@@ -7,7 +7,10 @@ import importlib.util
 import ipaddress
 import os
 import socket
-from collections.abc import Iterator
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -130,3 +133,68 @@ def unchecked() -> Iterator[None]:
 def weights_name() -> str:
     """For tests marked `weights`: the folder or hub id in QR_TEST_WEIGHTS."""
     return os.environ["QR_TEST_WEIGHTS"]
+
+
+@pytest.fixture
+def texts() -> list[str]:
+    """Text number i answers query number i."""
+    return [
+        "Cats sleep most of the day.",
+        "Dracula is an 1897 Gothic novel by the Irish author Bram Stoker.",
+        "The Danube flows through Vienna and Budapest.",
+        "Frankenstein was written by Mary Shelley.",
+    ]
+
+
+@pytest.fixture
+def queries() -> list[str]:
+    return ["what do cats do", "who wrote dracula", "which river flows through vienna", "author of frankenstein"]
+
+
+@pytest.fixture(scope="session")
+def ranked(qr_mini: Any) -> Callable[..., list[tuple[int, float]]]:
+    """The numbers to compare with: index and score by `QRHeadReranker`, best first."""
+    from qr_integrations import QRHeadReranker
+
+    made: dict[str, Any] = {}
+
+    def rank(query: str, texts: Sequence[str], **options: Any) -> list[tuple[int, float]]:
+        options = {"truncation": "head", **options}
+        key = repr(options)
+        if key not in made:
+            made[key] = QRHeadReranker(qr_mini, **options)
+        return [(item.index, item.score) for item in made[key].rank(query, list(texts))]
+
+    return rank
+
+
+@pytest.fixture
+def lengths_read(qr_mini: "Backend", monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many tokens each pass through the decoder of `qr_mini` reads, from here on."""
+    lengths: list[int] = []
+    decoder = type(qr_mini.decoder)
+    forward: Any = decoder.forward
+
+    def counted(self: Any, input_ids: Any = None, **kwargs: Any) -> Any:
+        lengths.append(input_ids.shape[1])
+        return forward(self, input_ids=input_ids, **kwargs)
+
+    monkeypatch.setattr(decoder, "forward", counted)
+    return lengths
+
+
+@pytest.fixture
+def in_fresh_python() -> Callable[[str], str]:
+    """Run code in a new interpreter that sees the same package as this one; returns what it printed."""
+
+    def run(code: str) -> str:
+        import qr_integrations
+
+        package = Path(qr_integrations.__file__).parent
+        path = os.pathsep.join([str(package.parent), os.environ.get("PYTHONPATH", "")])
+        command, environment = [sys.executable, "-P", "-c", code], {**os.environ, "PYTHONPATH": path}
+        done = subprocess.run(command, capture_output=True, text=True, env=environment)
+        assert done.returncode == 0, done.stderr
+        return done.stdout.strip()
+
+    return run

@@ -85,19 +85,16 @@ def test_the_installed_script_ranks(folder: Path) -> None:
     assert "Loading weights" not in done.stderr  # no progress bars in a log
 
 
-def test_help_and_errors_of_usage_load_no_torch() -> None:
+def test_help_and_errors_of_usage_load_no_torch(in_fresh_python: Any) -> None:
     code = (
         "import sys\nfrom qr_integrations.cli import main\n"
         "for argv in (['--help'], ['rerank', '--help'], ['--version'], ['nonsense']):\n"
         "    try:\n        main(argv)\n    except SystemExit as stop:\n        print('exit', stop.code)\n"
         "print([m for m in ('torch', 'transformers', 'numpy', 'rich') if m in sys.modules])"
     )
-    import qr_integrations
-
-    environment = {**os.environ, "PYTHONPATH": str(Path(qr_integrations.__file__).parents[1])}
-    done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, env=environment)
-    assert [line for line in done.stdout.splitlines() if line.startswith("exit")] == ["exit 0"] * 3 + ["exit 2"]
-    assert done.stdout.splitlines()[-1] == "[]" and __version__ in done.stdout and "doctor" in done.stdout
+    printed = in_fresh_python(code)
+    assert [line for line in printed.splitlines() if line.startswith("exit")] == ["exit 0"] * 3 + ["exit 2"]
+    assert printed.splitlines()[-1] == "[]" and __version__ in printed and "doctor" in printed
 
 
 def test_without_a_command_it_says_what_there_is(capsys: pytest.CaptureFixture[str]) -> None:

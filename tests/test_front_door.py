@@ -1,13 +1,11 @@
 """The front door: sorted names, resolved when first used, and everything behind it is really shipped."""
 
 import inspect
-import os
 import socket
-import subprocess
-import sys
 import tomllib
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import pytest
 from jaxtyping import TypeCheckError
@@ -36,15 +34,6 @@ NAMES = [
 HEAVY = ["torch", "transformers", "numpy", "rich", "langchain_core", "llama_index"]
 
 
-def in_fresh_python(code: str) -> str:
-    """Run `code` in a new interpreter that sees the same package as this one: -P leaves the working directory out."""
-    path = os.pathsep.join([str(PACKAGE.parent), os.environ.get("PYTHONPATH", "")])
-    command, environment = [sys.executable, "-P", "-c", code], {**os.environ, "PYTHONPATH": path}
-    run = subprocess.run(command, capture_output=True, text=True, env=environment)
-    assert run.returncode == 0, run.stderr
-    return run.stdout.strip()
-
-
 def test_the_public_names_are_these() -> None:
     assert qr_integrations.__all__ == NAMES
 
@@ -65,7 +54,7 @@ def test_a_public_class_has_a_docstring(name: str) -> None:
     assert inspect.getdoc(getattr(qr_integrations, name))
 
 
-def test_dir_lists_the_names_before_they_are_used() -> None:
+def test_dir_lists_the_names_before_they_are_used(in_fresh_python: Any) -> None:
     listed = in_fresh_python("import qr_integrations; print(*dir(qr_integrations))").split()
     assert set(NAMES) | {"__version__"} <= set(listed)
 
@@ -82,12 +71,12 @@ def test_the_version_is_that_of_the_project() -> None:
 
 
 @pytest.mark.parametrize("module", ["qr_integrations", "qr_integrations.errors", "qr_integrations.types"])
-def test_importing_it_loads_nothing_heavy(module: str) -> None:
+def test_importing_it_loads_nothing_heavy(in_fresh_python: Any, module: str) -> None:
     loaded = in_fresh_python(f"import sys, {module}; print(*[m for m in {HEAVY} if m in sys.modules])")
     assert loaded == "", f"import {module} also loads {loaded}"
 
 
-def test_import_star_resolves_every_name() -> None:
+def test_import_star_resolves_every_name(in_fresh_python: Any) -> None:
     assert in_fresh_python(f"from qr_integrations import *; print(*[n for n in {NAMES} if n not in globals()])") == ""
 
 

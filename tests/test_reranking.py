@@ -3,14 +3,11 @@
 import copy
 import json
 import math
-import os
 import pickle
-import subprocess
 import sys
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -375,16 +372,11 @@ def test_a_setting_that_cannot_be_is_named_at_once(wrong: dict[str, Any], messag
         RerankSettings(**wrong)
 
 
-def test_importing_it_loads_no_model_library() -> None:
-    import qr_integrations
-
+def test_importing_it_loads_no_model_library(in_fresh_python: Any) -> None:
     heavy = ["torch", "transformers", "numpy", "langchain_core", "llama_index", "tqdm"]
     code = f"""if True:
         import sys
         from qr_integrations.reranking import RerankSettings
         RerankSettings(model="qr-mini", heads=[(1, 1)]).relevances("q", [], None)
         print(*[name for name in {heavy} if name in sys.modules])"""
-    path = os.pathsep.join([str(Path(qr_integrations.__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
-    environment = {**os.environ, "PYTHONPATH": path}
-    run = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, env=environment)
-    assert (run.returncode, run.stdout.strip()) == (0, ""), run.stdout + run.stderr
+    assert in_fresh_python(code) == ""

@@ -38,8 +38,7 @@ def run(args: argparse.Namespace) -> int:
     out = Path(args.out)
     if not out.parent.is_dir():
         raise InputError(f"there is no folder {str(out.parent)!r}: make it, or pass another --out")
-    total = args.limit if args.data else min(args.limit or math.inf, len(read_detection_lists()))
-    lists: Iterable[JudgedList] = read_lists(args.data) if args.data else read_detection_lists()
+    lists: Iterable[JudgedList] = read_lists(args.data) if args.data else read_detection_lists()[: args.limit]
     detector = HeadDetector(
         model.load(args),
         max_layer=args.max_layer,
@@ -47,7 +46,7 @@ def run(args: argparse.Namespace) -> int:
         truncation="head",
         max_doc_tokens=args.max_doc_tokens,
     )
-    with _counting(int(total) if total else None) as advance:
+    with _counting(len(lists) if isinstance(lists, list) else args.limit) as advance:
         detection = detector.detect(
             islice(lists, args.limit), data=args.data or _BUILT_IN, state=out.with_suffix(".part"), progress=advance
         )
@@ -105,7 +104,7 @@ def _depths(means: dict[int, float], top_k: int) -> str:
     return f"Mean of the best {top_k} heads with --max-layer  {told}"
 
 
-def _grid(grid: "np.ndarray", chosen: set[tuple[int, int]], console: Console) -> Text:
+def _grid(grid: np.ndarray, chosen: set[tuple[int, int]], console: Console) -> Text:
     """Layers from the top down, one shade per head, chosen ones in colour."""
     shades = _ASCII_SHADES if console.options.ascii_only else _SHADES
     low, high = float(np.nanmin(grid)), float(np.nanmax(grid))

@@ -2,11 +2,13 @@
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from qr_integrations.errors import InputError
-from qr_integrations.types import Document, JudgedList
+from qr_integrations.retrieval.reranker import as_documents
+from qr_integrations.types import JudgedList
 
 _SHAPE = '{"query": "...", "documents": [{"text": "...", "title": "..."}, ...], "gold": [0]}'
 
@@ -36,20 +38,10 @@ def _list(where: str, line: str, number: int) -> JudgedList:
     try:
         entry: dict[str, Any] = json.loads(line)
         query = entry.get("query", entry.get("question"))
-        if not isinstance(entry["documents"], list):
-            raise TypeError("`documents` is no list")
-        documents = tuple(_document(given) for given in entry["documents"])
+        documents = tuple(replace(given, title=given.title or None) for given in as_documents(entry["documents"]))
         gold = [entry["gold"]] if isinstance(entry["gold"], int) else list(entry["gold"])
         if not isinstance(query, str) or not query.strip() or not all(type(place) is int for place in gold):
             raise TypeError("no query, or `gold` holds something else than numbers")
         return JudgedList(query, documents, dict.fromkeys(gold, 1), id=str(entry.get("id", number)))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{where}: no list ({error}): write {_SHAPE}") from error
-
-
-def _document(given: Any) -> Document:
-    if isinstance(given, str):
-        return Document(given)
-    if not isinstance(given["text"], str):
-        raise TypeError("a document's text is no string")
-    return Document(given["text"], given.get("title") or None, given.get("id"))

@@ -81,13 +81,11 @@ def _body(node: BaseNode, content: str) -> Span:
 
 def _in_own_text(relevance: Relevance, body: Span, node: BaseNode) -> Relevance:
     """Spans by the characters of the node's own text, where they were of the text with its metadata."""
+    if relevance.spans is None:
+        return relevance
     own = node.get_content(MetadataMode.NONE)
-    shift = body.start - (len(own) - len(own.lstrip()))
-    moved = [
-        replace(scored, span=Span(scored.span.start - shift, scored.span.stop - shift))
-        for scored in relevance.spans or ()
-    ]
-    return relevance if relevance.spans is None else replace(relevance, spans=tuple(moved))
+    by = len(own) - len(own.lstrip()) - body.start
+    return replace(relevance, spans=tuple(span.moved(by) for span in relevance.spans))
 
 
 def _scored_copy(scored: NodeWithScore, relevance: Relevance, keep_retrieval_score: bool) -> NodeWithScore:

@@ -45,10 +45,9 @@ def head_scores(
     Args:
         scores_KN: calibrated attention mass, see `AttentionReranker.score_per_head`.
         gold: the relevant documents.
-        objective: ``"qrscore"``: the mass on gold documents (QRHead, arXiv 2506.09944, equation 4). ``"ndcg"``: nDCG@10
-        of
-            the order that the head alone would give, as the authors' BEIR script. ``"contrastive"``: the softmax
-            probability of a gold document against the others, mean over the gold ones (CoRe, arXiv 2510.02219).
+        objective: ``"qrscore"``: the mass on gold documents (QRHead, arXiv 2506.09944, equation 4). ``"ndcg"``:
+            nDCG@10 of the order that the head alone would give, as the authors' BEIR script. ``"contrastive"``: the
+            softmax probability of a gold document against the others, mean over the gold ones (CoRe, arXiv 2510.02219).
         temperature: of the softmax.
     """
     chosen = sorted(gold)

@@ -22,7 +22,7 @@ from qr_integrations.retrieval.layout import PromptLayout, PromptStyle, Query
 from qr_integrations.retrieval.scoring import score_documents, score_documents_per_head
 from qr_integrations.retrieval.token_scores import Contents, TokenScorer, contents
 from qr_integrations.retrieval.windows import Candidate, Limits, Truncation, fit
-from qr_integrations.types import Document, Ranking, ScoredDocument, ScoredSpan, Span
+from qr_integrations.types import Document, Ranking, ScoredDocument, ScoredSpan
 
 _log = logging.getLogger(__name__)
 _LEAST_WINDOW = 512  # tokens; where a shorter prompt does not fit into memory, nothing will
@@ -267,7 +267,7 @@ class AttentionReranker:
 
 def _explained(items: Sequence[ScoredDocument], count: int) -> list[ScoredDocument]:
     """Spans for the first `count` only: in the prompts before the last, others stood first."""
-    return [item if place < count else replace(item, spans=()) for place, item in enumerate(items)]
+    return [replace(item, spans=()) if item.spans and place >= count else item for place, item in enumerate(items)]
 
 
 def _longest(windows: Sequence[Sequence[Candidate]]) -> int:
@@ -296,10 +296,7 @@ def _words(layout: PromptLayout, scores_KT: Float[Tensor, "K T"], place: int, pi
     """The words of a document in the prompt, by their characters in the text that the caller gave."""
     read = layout.text[layout.texts[place].slice()]
     shift = piece.start + piece.read.text.index(read)  # a prompt may leave out white space at the ends
-    moved = [
-        replace(word, span=Span(word.span.start + shift, word.span.stop + shift))
-        for word in attended_words(layout, scores_KT, place)
-    ]
+    moved = [word.moved(shift) for word in attended_words(layout, scores_KT, place)]
     body = piece.given.body
     return [w for w in moved if body is None or (body.start <= w.span.start and w.span.stop <= body.stop)]
 

@@ -1,13 +1,9 @@
 """What the tests of the LlamaIndex adapters share: four nodes, a reranker to compare with, recorders."""
 
 import asyncio
-import os
-import subprocess
-import sys
 import time
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from itertools import pairwise
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import pytest
@@ -19,29 +15,11 @@ from llama_index.core.schema import NodeRelationship, NodeWithScore, RelatedNode
 if TYPE_CHECKING:
     from qr_integrations.llama_index import QRRerank
 
-TEXTS = [
-    "Cats sleep most of the day.",
-    "Dracula is an 1897 Gothic novel by the Irish author Bram Stoker.",
-    "The Danube flows through Vienna and Budapest.",
-    "Frankenstein was written by Mary Shelley.",
-]
-QUERIES = ["what do cats do", "who wrote dracula", "which river flows through vienna", "author of frankenstein"]
 SCORES = [0.1, None, 0.9, -3.0]
 
 
 @pytest.fixture
-def texts() -> list[str]:
-    """Text number i answers query number i."""
-    return list(TEXTS)
-
-
-@pytest.fixture
-def queries() -> list[str]:
-    return list(QUERIES)
-
-
-@pytest.fixture
-def nodes() -> list[NodeWithScore]:
+def nodes(texts: list[str]) -> list[NodeWithScore]:
     """The texts with ids "a" to "d", metadata of which two keys are hidden, a source, and scores or none."""
     return [
         NodeWithScore(
@@ -55,7 +33,7 @@ def nodes() -> list[NodeWithScore]:
             ),
             score=SCORES[i],
         )
-        for i, text in enumerate(TEXTS)
+        for i, text in enumerate(texts)
     ]
 
 
@@ -74,18 +52,11 @@ def reranker(qr_mini: Any) -> "QRRerank":
 
 
 @pytest.fixture(scope="session")
-def ranked(qr_mini: Any) -> Callable[..., list[Any]]:
-    """The numbers to compare with: place and score by `QRHeadReranker`, best first, as ``approx`` pairs."""
-    from qr_integrations import QRHeadReranker
-
-    made: dict[str, Any] = {}
+def ranked(ranked: Callable[..., list[tuple[int, float]]]) -> Callable[..., list[Any]]:
+    """The same, as ``approx`` pairs."""
 
     def rank(query: str, texts: Sequence[str], **options: Any) -> list[Any]:
-        options = {"truncation": "head", **options}
-        if repr(options) not in made:
-            made[repr(options)] = QRHeadReranker(qr_mini, **options)
-        ranking = made[repr(options)].rank(query, list(texts))
-        return [(item.index, pytest.approx(item.score, abs=1e-6)) for item in ranking]
+        return [(place, pytest.approx(score, abs=1e-6)) for place, score in ranked(query, texts, **options)]
 
     return rank
 
@@ -143,19 +114,3 @@ def heartbeat() -> Callable[[Awaitable[Any]], Any]:
         return result, len(ticks), ticks[-1] - ticks[0], max(pauses)
 
     return lambda work: asyncio.run(beside_a_clock(work))
-
-
-@pytest.fixture(scope="session")
-def fresh_python() -> Callable[[str], str]:
-    """What `code` prints in a new interpreter that sees the same package."""
-    import qr_integrations
-
-    path = os.pathsep.join([str(Path(qr_integrations.__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
-
-    def run(code: str) -> str:
-        environment = {**os.environ, "PYTHONPATH": path}
-        done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, env=environment)
-        assert done.returncode == 0, done.stderr
-        return done.stdout.strip()
-
-    return run

@@ -208,12 +208,12 @@ def test_a_pickle_is_small_and_ranks_the_same(qr_mini: Any, nodes: Any, given: s
     assert again.postprocess_nodes(nodes, query_str=DRACULA) == expected
 
 
-def test_a_pickle_loads_no_model_until_it_ranks(qr_mini: Any, fresh_python: Callable[[str], str]) -> None:
+def test_a_pickle_loads_no_model_until_it_ranks(qr_mini: Any, in_fresh_python: Callable[[str], str]) -> None:
     from qr_integrations.llama_index import QRRerank
 
     data = pickle.dumps(QRRerank(backend=qr_mini, top_n=2))
     code = f"import pickle, sys; rerank = pickle.loads({data!r}); print(rerank.top_n, 'torch' in sys.modules)"
-    assert fresh_python(code) == "2 False"
+    assert in_fresh_python(code) == "2 False"
 
 
 def test_a_pickle_keeps_a_function_that_can_be_found_again() -> None:
@@ -326,10 +326,10 @@ def test_another_model_after_use_takes_effect(qr_mini: Any, nodes: Any, given: s
         rerank.postprocess_nodes(nodes, query_str=DRACULA)
 
 
-def test_importing_it_loads_no_model_library_and_not_the_other_framework(fresh_python: Callable[[str], str]) -> None:
+def test_importing_it_loads_no_model_library_and_not_the_other_framework(in_fresh_python: Callable[[str], str]) -> None:
     heavy = ["torch", "transformers", "langchain_core"]
     code = f"import sys, qr_integrations.llama_index; print(*[m for m in {heavy} if m in sys.modules])"
-    assert fresh_python(code) == ""
+    assert in_fresh_python(code) == ""
 
 
 @pytest.mark.parametrize(
@@ -340,6 +340,6 @@ def test_importing_it_loads_no_model_library_and_not_the_other_framework(fresh_p
         "sys.path[:] = [p for p in sys.path if 'site-packages' not in p]",
     ],
 )
-def test_without_llama_index_the_error_names_the_cure(fresh_python: Callable[[str], str], hide: str) -> None:
+def test_without_llama_index_the_error_names_the_cure(in_fresh_python: Callable[[str], str], hide: str) -> None:
     code = f"import sys\n{hide}\ntry:\n import qr_integrations.llama_index\nexcept ImportError as error:\n print(error)"
-    assert "pip install 'qr-integrations[llama-index]'" in fresh_python(code)
+    assert "pip install 'qr-integrations[llama-index]'" in in_fresh_python(code)
