@@ -54,12 +54,14 @@ class JudgedList:
         documents: in the order in which they were retrieved.
         relevance: position in `documents` -> grade; above 0 is relevant, what is left out counts 0.
         id: of the question.
+        missed: grades of relevant documents that were not retrieved; they count in what could have been reached.
     """
 
     query: str
     documents: tuple[Document, ...]
     relevance: Mapping[int, int]
     id: str = ""
+    missed: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if bad := [place for place in self.relevance if not 0 <= place < len(self.documents)]:

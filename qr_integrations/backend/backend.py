@@ -15,12 +15,14 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from qr_integrations.backend.attention_tap import AttentionLayer, AttentionTap, run_tapped, survey_attention
+from qr_integrations.backend.blocks import read_blocks
 from qr_integrations.backend.continuation import try_continuations
 from qr_integrations.backend.families import ChatPieces, published_pieces, template_pieces
 from qr_integrations.backend.loading import load_model, resolve_device, resolve_dtype, resolve_name
 from qr_integrations.backend.memory import free_memory, memory_advice
 from qr_integrations.backend.prefix import Continuation, Prefix, new_cache, read_prefix
 from qr_integrations.errors import ClosedError, HeadError, InputError, LoadError
+from qr_integrations.types import Span
 
 _log = logging.getLogger(__name__)
 _CPU_CHUNK = 1024  # a mask costs a CPU kernel little, and activations of 1,024 tokens make room for the kept keys
@@ -254,15 +256,13 @@ class Backend:
                 "top_layer=tap.top_layer, and without attention_mask"
             )
         if prefix is not None and len(ids) > 1 and not prefix.can_crop:
-            raise InputError(
-                "the recurrent layers of this model go on with one text at a time: pass one row of token_ids"
-            )
+            raise InputError("recurrent layers and blocks go on with one text at a time: pass one row of token_ids")
         if prefix is not None and prefix.cache is None:
             again = torch.tensor(prefix.token_ids, device=ids.device).expand(ids.shape[0], past)
             ids, past = torch.cat([again, ids], dim=1), 0
-        cache = prefix.branch() if prefix else None
+        cache, skipped = (prefix.branch(), past - prefix.num_positions) if prefix else (None, 0)
         with torch.set_grad_enabled(tap.differentiable and torch.is_grad_enabled()):
-            rows = self._run(ids, cache, past, attention_mask, tap=tap, stop_after=tap.top_layer)
+            rows = self._run(ids, cache, past, attention_mask, tap=tap, stop_after=tap.top_layer, skipped=skipped)
         assert rows is not None
         return rows
 
@@ -286,7 +286,7 @@ class Backend:
         """
         self.check_heads([(top_layer, 0)])
         token_ids = tuple(token_ids)
-        reuse = _usable(reuse, token_ids, top_layer)
+        reuse = reuse.beginning_of(token_ids) if reuse is not None and reuse.top_layer == top_layer else None
         if reuse is not None and len(reuse) == len(token_ids):
             return reuse
         cache = reuse.growing() if reuse else new_cache(self.config, top_layer, self._continuation(top_layer))
@@ -298,6 +298,24 @@ class Backend:
             ids = self._batched(token_ids[start : start + step])
             self._run(ids, cache, start, None, tap=None, stop_after=top_layer)
         return Prefix(token_ids, top_layer, cache)
+
+    @torch.no_grad()
+    def prefill_blocks(self, token_ids: Sequence[int], blocks: Sequence[Span], *, top_layer: int) -> Prefix:
+        """Read a beginning and, behind it, blocks that do not see each other; all start at the same position.
+
+        What is read afterwards sees the beginning and all blocks, whose order makes no difference to it.
+
+        Args:
+            token_ids: beginning and blocks, ``[T]``.
+            blocks: one after the other, from the end of the beginning to the end of `token_ids`; at least one.
+            top_layer: the deepest layer that will be tapped.
+
+        Raises:
+            UnsupportedModelError: the model's layers are recurrent, or see fewer tokens back than there are.
+        """
+        token_ids = tuple(token_ids)
+        beginning = self.prefill(token_ids[: blocks[0].start], top_layer=top_layer)
+        return read_blocks(self._run, beginning, token_ids, blocks, self.config)
 
     def load_prefix(self, path: str | Path) -> Prefix:
         """Read what `Prefix.save` wrote, and try on a few tokens that it is this model's.
@@ -349,10 +367,11 @@ class Backend:
         *,
         tap: AttentionTap | None,
         stop_after: int,
+        skipped: int = 0,
     ) -> Tensor | None:
-        """One pass of the decoder under the lock, ended in `stop_after`."""
+        """One pass of the decoder under the lock, ended in `stop_after`. Of `past` tokens, `skipped` share positions."""
         if mask is None:
-            positions = torch.arange(past, past + ids.shape[1], device=ids.device)[None].expand(ids.shape)
+            positions = torch.arange(ids.shape[1], device=ids.device)[None].expand(ids.shape) + (past - skipped)
         else:
             positions = (mask.long().cumsum(-1) - 1).clamp(min=0)
         kwargs = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
@@ -368,16 +387,6 @@ class Backend:
 
 def _load_again(arguments: dict[str, Any]) -> Backend:
     return Backend.load(**arguments)
-
-
-def _usable(reuse: Prefix | None, token_ids: Sequence[int], top_layer: int) -> Prefix | None:
-    """The part of `reuse` that `token_ids` begins with, or None."""
-    if reuse is None or reuse.top_layer != top_layer:
-        return None
-    common = reuse.common_length(token_ids)
-    if common == len(reuse):
-        return reuse
-    return reuse.crop(common) if common and reuse.can_crop else None
 
 
 def _ranges(numbers: list[int]) -> str:

@@ -18,6 +18,7 @@ from transformers import DynamicCache, PreTrainedConfig
 from transformers.cache_utils import DummyLayer, DynamicLayer, DynamicSlidingWindowLayer
 
 from qr_integrations.errors import UnsupportedModelError
+from qr_integrations.types import Span
 
 Continuation = Literal["keys", "values", "tokens"]
 """What a prefix must keep at its top layer for a later pass to read right: keys, or values too; or only the tokens."""
@@ -60,14 +61,22 @@ class Prefix:
 
     Sliding-window layers keep all their keys: the window is in the mask, and a cropped prefix stays exact. Where a
     model cannot continue from a cache, `cache` is None and each pass reads the tokens again.
+
+    `blocks` are spans of tokens that do not see each other and share their positions, see `Backend.prefill_blocks`.
     """
 
     token_ids: tuple[int, ...]
     top_layer: int
     cache: DynamicCache | None
+    blocks: tuple[Span, ...] = ()
 
     def __len__(self) -> int:
         return len(self.token_ids)
+
+    @property
+    def num_positions(self) -> int:
+        """The position of the next token."""
+        return self.blocks[0].start + max(map(len, self.blocks)) if self.blocks else len(self)
 
     @property
     def num_bytes(self) -> int:
@@ -79,8 +88,8 @@ class Prefix:
 
     @property
     def can_crop(self) -> bool:
-        """False for models with recurrent layers, whose state at an earlier token is gone."""
-        return all(type(layer) in (*_PLAIN, DummyLayer) for layer in self._layers)
+        """False for models with recurrent layers, whose state at an earlier token is gone, and for blocks."""
+        return not self.blocks and all(type(layer) in (*_PLAIN, DummyLayer) for layer in self._layers)
 
     def is_of(self, other: "Prefix") -> bool:
         """Whether the model that made `other`, a prefix of the first few of these tokens, made this one too."""
@@ -104,6 +113,13 @@ class Prefix:
             return limit
         return next((i for i in range(limit) if self.token_ids[i] != token_ids[i]), limit)
 
+    def beginning_of(self, token_ids: Sequence[int]) -> "Prefix | None":
+        """The part of this prefix that `token_ids` begins with; None where there is none, or it cannot be had alone."""
+        common = self.common_length(token_ids)
+        if common == len(self) and not self.blocks:
+            return self
+        return self.crop(common) if common and self.can_crop else None
+
     def branch(self) -> DynamicCache | None:
         """A cache for one pass of further tokens, which leaves the prefix as it is."""
         return self._with(_borrow)
@@ -122,11 +138,11 @@ class Prefix:
         """Write the prefix to a safetensors file, to be read by `Backend.load_prefix`.
 
         Raises:
-            UnsupportedModelError: it holds the states of recurrent layers.
+            UnsupportedModelError: it holds the states of recurrent layers, or blocks.
         """
         if not self.can_crop:
             raise UnsupportedModelError(
-                "states of recurrent layers cannot be saved: keep the text, and prefill it again"
+                "states of recurrent layers, and blocks, cannot be saved: keep the text, and prefill it again"
             )
         parts = {f"{i}.keys": layer.keys for i, layer in enumerate(self._layers) if type(layer) in _PLAIN}
         parts |= {f"{i}.values": layer.values for i, layer in enumerate(self._layers) if type(layer) is DynamicLayer}

@@ -15,13 +15,9 @@ from torch import Tensor
 from qr_integrations.errors import ModelError
 from qr_integrations.retrieval.layout import PromptLayout
 from qr_integrations.retrieval.scoring import drop_outliers
+from qr_integrations.retrieval.words import WORD
 from qr_integrations.types import ScoredSpan, Span
 
-# Scripts that are written without spaces give one word per character; everywhere else a word keeps its accents.
-_SPACELESS = r"[\p{scx=Han}\p{scx=Hiragana}\p{scx=Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}&&[\p{L}\p{N}]]"
-_LETTER = rf"[[\p{{L}}\p{{N}}_]--{_SPACELESS}]"
-_WITHIN = rf"(?:{_LETTER}|[\p{{M}}\u200c\u200d])"
-_WORD = regex.compile(rf"(?V1){_SPACELESS}[\p{{M}}\u200d]*|{_LETTER}{_WITHIN}*(?:['\u2019.\-]{_LETTER}{_WITHIN}*)*")
 _BASELINE = 0.9  # of the mean word: what a word must have to lengthen a span; below 1, so that a single word is one
 _EMPTY_LINE = regex.compile(r"\n\s*\n")
 
@@ -46,7 +42,7 @@ def attended_words(layout: PromptLayout, scores_KT: Float[Tensor, "K T"], index:
     for (start, stop), score in zip((layout.offsets[span.slice()] - chars.start).tolist(), scores, strict=True):
         per_char[max(0, start) : max(0, stop)] += score / max(1, stop - start)
     upto = np.append(0.0, per_char.cumsum())
-    words = _WORD.finditer(layout.text[chars.slice()])
+    words = WORD.finditer(layout.text[chars.slice()])
     return [ScoredSpan(Span(m.start(), m.end()), m.group(), float(upto[m.end()] - upto[m.start()])) for m in words]
 
 

@@ -7,6 +7,7 @@ from typing import Literal
 from qr_integrations.backend import Backend
 from qr_integrations.errors import InputError
 from qr_integrations.retrieval.layout import ANSWER, FIND, PromptStyle
+from qr_integrations.retrieval.refinements import PUBLISHED, Refinements
 from qr_integrations.retrieval.reranker import AttentionReranker
 from qr_integrations.retrieval.windows import Truncation
 
@@ -38,13 +39,14 @@ class ICRReranker(AttentionReranker):
         max_context_tokens: int | None = None,
         batch_size: int | None = None,
         keep_prefixes: int = 2,
+        refinements: Refinements = PUBLISHED,
     ) -> None:
         """Args:
         model: a `Backend`, or a name for `Backend.load`.
         retrieval_type: ``"IE"`` asks to find information, ``"QA"`` to answer a question (multi-hop).
         calibrated: subtract the null query's attention.
         prompt, instruction, null_instruction, truncation, max_doc_tokens, max_context_tokens, batch_size,
-            keep_prefixes: as in `QRHeadReranker`.
+            keep_prefixes, refinements: as in `QRHeadReranker`.
 
         Raises:
             InputError: unknown `retrieval_type`.
@@ -65,4 +67,5 @@ class ICRReranker(AttentionReranker):
             max_context_tokens=max_context_tokens,
             batch_size=batch_size,
             keep_prefixes=keep_prefixes,
+            refinements=refinements,
         )

@@ -7,6 +7,7 @@ Everything before the task is `shared`: it does not depend on the query and is r
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import numpy as np
 from jaxtyping import Int
@@ -44,13 +45,17 @@ class PromptStyle:
         strip: remove white space around query and passages, as ICR's code does.
         first_occurrence: place each document where its text first occurs in the prompt, as QRHead's code does: wrong
             for a document whose text is quoted by an earlier one. Only for reproducing published numbers.
+        blocks: documents do not see each other; each is written, and numbered, as if it were the only one.
     """
 
     template: str = FIND
     strip: bool = False
     first_occurrence: bool = False
+    blocks: bool = False
 
     def __post_init__(self) -> None:
+        if self.first_occurrence and self.blocks:
+            raise InputError("the authors' search knows one text, not blocks: leave out first_occurrence")
         if self.template.count("{query}") != 1:
             raise InputError(
                 f"the prompt {self.template!r} has no place for the query: pass one with {{query}} in it, once"
@@ -70,6 +75,7 @@ class PromptLayout:
         offsets: ``[T, 2]`` characters of each token in `text`; None for tokenizers that cannot tell.
         texts: character span of each document's text in `text`.
         tail: the character of `text` where what follows the documents starts.
+        blocks: for documents that do not see each other, the tokens of each with the white space in front.
     """
 
     token_ids: tuple[int, ...]
@@ -80,6 +86,7 @@ class PromptLayout:
     offsets: Offsets | None
     texts: tuple[Span, ...]
     tail: int
+    blocks: tuple[Span, ...] = ()
 
     def __len__(self) -> int:
         return len(self.token_ids)
@@ -103,7 +110,7 @@ class PromptWriter:
         pieces, passages, texts = [self._chat.opening + _INTRO], [], []
         position = len(pieces[0])
         for number, document in enumerate(documents, start=1):
-            head, body = self._passage(number, document)
+            head, body = self._passage(1 if self.style.blocks else number, document)
             pieces += [self._chat.separator, head + body]
             position += len(self._chat.separator)
             passages.append(Span(position, position + len(head) + len(body)))
@@ -113,11 +120,12 @@ class PromptWriter:
         text = "".join(pieces)
         if self.style.first_occurrence:
             passages = [Span(found := text.index(text[p.slice()]), found + len(p)) for p in passages]
-        ids, offsets, spans = self._tokenize(
-            pieces, text, [*passages, Span(position + len(self._chat.separator), len(text))]
+        tail = position + len(self._chat.separator)
+        ids, offsets, spans, blocks = self._tokenize(pieces, [*passages, Span(tail, len(text))])
+        rows = Span(spans[-1].start, len(ids))
+        return PromptLayout(
+            tuple(ids), tuple(spans[:-1]), rows, Span(0, rows.start), text, offsets, tuple(texts), tail, blocks
         )
-        rows, tail = Span(spans[-1].start, len(ids)), position + len(self._chat.separator)
-        return PromptLayout(tuple(ids), tuple(spans[:-1]), rows, Span(0, rows.start), text, offsets, tuple(texts), tail)
 
     def rewrite(self, known: PromptLayout, query: Query, documents: Sequence[Document]) -> PromptLayout:
         """The prompt of another query over the documents of `known`, without tokenizing the documents again.
@@ -142,6 +150,7 @@ class PromptWriter:
             np.concatenate([known.offsets[shared], offsets + start]),
             known.texts,
             start,
+            known.blocks,
         )
 
     def _passage(self, number: int, document: Document) -> tuple[str, str]:
@@ -166,20 +175,34 @@ class PromptWriter:
         return list(out["input_ids"]), np.asarray(out["offset_mapping"]).reshape(-1, 2) if fast else None
 
     def _tokenize(
-        self, pieces: Sequence[str], text: str, chars: Sequence[Span]
-    ) -> tuple[list[int], Offsets | None, list[Span]]:
-        """Token ids, offsets, and the token span of every character span."""
-        special = self._chat.add_special_tokens
-        ids, offsets = self._encode(text, special)
-        if offsets is not None:
-            return ids, offsets, [_token_span(offsets, span) for span in chars]
-        # A tokenizer that cannot tell characters: piece by piece, so that every boundary is known.
-        ids, spans = [], []
-        for i, piece in enumerate(pieces):
-            start = len(ids)
-            ids += self._encode(piece, special and i == 0)[0]
-            spans.append(Span(start, len(ids)))
-        return ids, None, spans[2::2]
+        self, pieces: Sequence[str], chars: Sequence[Span]
+    ) -> tuple[list[int], Offsets | None, list[Span], tuple[Span, ...]]:
+        """Token ids, offsets, the token span of every character span, and the blocks.
+
+        In one go; for blocks, each with its separator by itself; and for a tokenizer that cannot tell characters piece
+        by piece, so that every boundary is known.
+        """
+        fast = self._tokenizer.is_fast
+        if not fast:
+            parts = list(pieces)
+        elif self.style.blocks:
+            parts = ["".join(pieces[i : i + 2]) for i in range(0, len(pieces), 2)]
+        else:
+            parts = ["".join(pieces)]
+        ids: list[int] = []
+        found, ends, characters = [], [0], 0
+        for part in parts:
+            some, offsets = self._encode(part, self._chat.add_special_tokens and not ids)
+            ids += some
+            ends.append(len(ids))
+            found += [] if offsets is None else [offsets + characters]
+            characters += len(part)
+        block_ends = (ends[1:-1] if fast else ends[2::2]) if self.style.blocks else []
+        blocks = tuple(Span(*ends) for ends in pairwise(block_ends))
+        if not fast:
+            return ids, None, [Span(*ends) for ends in list(pairwise(ends))[2::2]], blocks
+        together = np.concatenate(found)
+        return ids, together, [_token_span(together, span) for span in chars], blocks
 
 
 def _token_span(offsets: Offsets, chars: Span) -> Span:

@@ -6,6 +6,7 @@ from pathlib import Path
 from qr_integrations.backend import Backend
 from qr_integrations.retrieval.heads import HeadSet
 from qr_integrations.retrieval.layout import FIND, PromptStyle
+from qr_integrations.retrieval.refinements import PUBLISHED, Refinements
 from qr_integrations.retrieval.reranker import AttentionReranker
 from qr_integrations.retrieval.windows import Truncation
 
@@ -40,6 +41,7 @@ class QRHeadReranker(AttentionReranker):
         max_context_tokens: int | None = None,
         batch_size: int | None = None,
         keep_prefixes: int = 2,
+        refinements: Refinements = PUBLISHED,
         first_occurrence: bool = False,
     ) -> None:
         """Args:
@@ -59,6 +61,7 @@ class QRHeadReranker(AttentionReranker):
         max_context_tokens: window in tokens; None takes the model's own.
         batch_size: the most documents in one prompt.
         keep_prefixes: how many lists of documents stay in memory for further queries; 0 keeps none.
+        refinements: ways to read and to count that the published method does not have.
         first_occurrence: the authors' text search for spans, quirk included.
 
         Raises:
@@ -77,4 +80,5 @@ class QRHeadReranker(AttentionReranker):
             max_context_tokens=max_context_tokens,
             batch_size=batch_size,
             keep_prefixes=keep_prefixes,
+            refinements=refinements,
         )

@@ -19,6 +19,7 @@ from qr_integrations.errors import InputError, MemoryLimitError
 from qr_integrations.retrieval.explain import attended_words, strongest_spans
 from qr_integrations.retrieval.heads import HeadSet
 from qr_integrations.retrieval.layout import PromptLayout, PromptStyle, Query
+from qr_integrations.retrieval.refinements import PUBLISHED, Refinements
 from qr_integrations.retrieval.scoring import score_documents, score_documents_per_head
 from qr_integrations.retrieval.token_scores import Contents, TokenScorer, contents
 from qr_integrations.retrieval.windows import Candidate, Limits, Truncation, fit
@@ -63,6 +64,7 @@ class AttentionReranker:
         max_context_tokens: int | None = None,
         batch_size: int | None = None,
         keep_prefixes: int = 2,
+        refinements: Refinements = PUBLISHED,
     ) -> None:
         if not 0.0 <= null_instruction <= 1.0:
             raise InputError(f"null_instruction is a share, got {null_instruction}: pass a number from 0 to 1")
@@ -78,6 +80,7 @@ class AttentionReranker:
             calibrated=calibrated,
             null_instruction=null_instruction,
             keep_prefixes=keep_prefixes,
+            refinements=refinements,
         )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "AttentionReranker":

@@ -6,7 +6,7 @@ Legend: K kept heads, T tokens of the shared part (documents), N documents.
 import threading
 from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from jaxtyping import Float
 from torch import Tensor
@@ -14,8 +14,9 @@ from torch import Tensor
 from qr_integrations.backend import AttentionTap, Backend, Prefix
 from qr_integrations.retrieval.heads import HeadSet
 from qr_integrations.retrieval.layout import PromptLayout, PromptStyle, PromptWriter, Query
+from qr_integrations.retrieval.refinements import PUBLISHED, Refinements, average_orders, orders_of, token_weights
 from qr_integrations.retrieval.scoring import calibrate
-from qr_integrations.types import Document
+from qr_integrations.types import Document, Span
 
 NULL_QUERY = "N/A"
 _KEEP_LAYOUTS = 4
@@ -58,11 +59,12 @@ class TokenScorer:
         calibrated: bool,
         null_instruction: float,
         keep_prefixes: int,
+        refinements: Refinements = PUBLISHED,
     ) -> None:
         self.backend, self.heads, self.calibrated = backend, heads, calibrated
-        self.null_instruction = null_instruction
-        self._writer = PromptWriter(backend, style)
-        self._keep = keep_prefixes
+        self.null_instruction, self.refinements = null_instruction, refinements
+        self._writer = PromptWriter(backend, replace(style, blocks=refinements.layout == "block"))
+        self._keep = keep_prefixes * refinements.orders
         self._known: OrderedDict[Contents, _Known] = OrderedDict()
         self._lock = threading.Lock()
 
@@ -77,12 +79,23 @@ class TokenScorer:
 
         `per_head=False` sums over the heads, K is 1.
         """
+        if self.refinements.orders == 1:
+            layout, scores_KT = self._score(query, documents, per_head)
+        else:
+            orders = orders_of(documents, self.refinements.orders)
+            read = [self._score(query, [documents[i] for i in order], per_head) for order in orders]
+            layout, scores_KT = average_orders([one for one, _ in read], [scores for _, scores in read], orders)
+        weights_T = token_weights(layout, query.text, self.refinements)
+        return layout, scores_KT if weights_T is None else scores_KT * weights_T.to(scores_KT.device)
+
+    def _score(self, query: Query, documents: Sequence[Document], per_head: bool) -> tuple[PromptLayout, Tensor]:
+        """The documents read in one order."""
         known = self._recall(documents)
         layout = self._layout(known, query)
         with self._lock:  # of several threads with the same documents, one reads them
             shared = layout.token_ids[layout.shared.slice()]
             if known.prefix is None or known.prefix.token_ids != shared:
-                known.prefix = self.backend.prefill(shared, top_layer=self.heads.top_layer)
+                known.prefix = self._read(shared, layout.blocks)
             nulls = [(w, self._null(known, per_head, text)) for w, text in self._null_weights(query)]
             prefix = known.prefix
             self._trim()
@@ -90,6 +103,12 @@ class TokenScorer:
         for weight, null_KT in nulls:
             scores_KT = calibrate(scores_KT, null_KT, weight)
         return layout, scores_KT
+
+    def _read(self, shared: tuple[int, ...], blocks: tuple[Span, ...]) -> Prefix:
+        top_layer = self.heads.top_layer
+        if blocks:
+            return self.backend.prefill_blocks(shared, blocks, top_layer=top_layer)
+        return self.backend.prefill(shared, top_layer=top_layer)
 
     def forget(self) -> None:
         """Free what is kept."""
