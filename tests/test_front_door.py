@@ -27,6 +27,7 @@ NAMES = [
     "QRCrossEncoder",
     "QRHeadReranker",
     "Ranking",
+    "Refinements",
     "ScoredDocument",
     "Span",
     "highlight_html",

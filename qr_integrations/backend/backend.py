@@ -369,7 +369,7 @@ class Backend:
         stop_after: int,
         skipped: int = 0,
     ) -> Tensor | None:
-        """One pass of the decoder under the lock, ended in `stop_after`. Of `past` tokens, `skipped` share positions."""
+        """One pass of the decoder under the lock, to `stop_after`; `skipped` of `past` tokens share positions."""
         if mask is None:
             positions = torch.arange(ids.shape[1], device=ids.device)[None].expand(ids.shape) + (past - skipped)
         else:

@@ -57,7 +57,7 @@ def read_blocks(
 def _check(beginning: Prefix, num_tokens: int, config: Any) -> None:
     if not beginning.can_crop or beginning.cache is None:
         raise UnsupportedModelError("recurrent layers read documents one after the other: leave out layout='block'")
-    window = getattr(config, "sliding_window", None)
+    window = getattr(config, "sliding_window", None) or 0
     slides = window and "sliding_attention" in (getattr(config, "layer_types", None) or ["sliding_attention"])
     if slides and num_tokens > window:
         raise UnsupportedModelError(

@@ -10,5 +10,6 @@ from qr_integrations.retrieval.heads import HeadSet
 from qr_integrations.retrieval.icr import ICRReranker
 from qr_integrations.retrieval.layout import PromptLayout
 from qr_integrations.retrieval.qrhead import QRHeadReranker
+from qr_integrations.retrieval.refinements import Refinements
 
-__all__ = ["HeadDetector", "HeadSet", "ICRReranker", "PromptLayout", "QRCrossEncoder", "QRHeadReranker"]
+__all__ = ["HeadDetector", "HeadSet", "ICRReranker", "PromptLayout", "QRCrossEncoder", "QRHeadReranker", "Refinements"]

@@ -152,6 +152,21 @@ class HeadSet:
         return cls.published(backend.name)
 
 
+def read_scores(path: str | Path) -> dict[Head, float]:
+    """The scores of all heads from a file that a detection wrote.
+
+    Raises:
+        HeadError: no such file, or one without scores.
+    """
+    try:
+        entry = json.loads(Path(path).read_text(encoding="utf-8"))
+        return {(int(layer), int(head)): float(score) for layer, head, score in entry["scores"]}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise HeadError(
+            f"{str(path)!r} holds no scores of heads ({error!r}): write the file with `qr-integrations detect`"
+        ) from error
+
+
 def _from_json(data: dict[str, object]) -> HeadSet:
     heads = data["heads"]
     assert isinstance(heads, list)

@@ -1,8 +1,9 @@
 """ICR: in-context reranking with the attention of all heads (arXiv 2410.02642)."""
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from qr_integrations.backend import Backend
 from qr_integrations.errors import InputError
@@ -39,7 +40,7 @@ class ICRReranker(AttentionReranker):
         max_context_tokens: int | None = None,
         batch_size: int | None = None,
         keep_prefixes: int = 2,
-        refinements: Refinements = PUBLISHED,
+        refinements: Refinements | Mapping[str, Any] = PUBLISHED,
     ) -> None:
         """Args:
         model: a `Backend`, or a name for `Backend.load`.

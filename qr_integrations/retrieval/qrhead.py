@@ -1,7 +1,8 @@
 """QRHead: a few query-focused heads rank documents (arXiv 2506.09944)."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from qr_integrations.backend import Backend
 from qr_integrations.retrieval.heads import HeadSet
@@ -41,7 +42,7 @@ class QRHeadReranker(AttentionReranker):
         max_context_tokens: int | None = None,
         batch_size: int | None = None,
         keep_prefixes: int = 2,
-        refinements: Refinements = PUBLISHED,
+        refinements: Refinements | Mapping[str, Any] = PUBLISHED,
         first_occurrence: bool = False,
     ) -> None:
         """Args:
@@ -61,7 +62,8 @@ class QRHeadReranker(AttentionReranker):
         max_context_tokens: window in tokens; None takes the model's own.
         batch_size: the most documents in one prompt.
         keep_prefixes: how many lists of documents stay in memory for further queries; 0 keeps none.
-        refinements: ways to read and to count that the published method does not have.
+        refinements: ways to read and to count that the published method does not have, see `Refinements`; a mapping
+            of its names will do.
         first_occurrence: the authors' text search for spans, quirk included.
 
         Raises:

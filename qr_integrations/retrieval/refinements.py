@@ -5,10 +5,10 @@ Legend: K kept heads, T tokens, N documents.
 
 import math
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from hashlib import sha256
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -52,6 +52,20 @@ class Refinements:
             raise InputError(f"length_power is {self.length_power}: pass 0 for the sum, 1 for the mean")
         if not 0.0 <= self.rare_words <= 1.0:
             raise InputError(f"rare_words is a share, got {self.rare_words}: pass a number from 0 to 1")
+
+    @classmethod
+    def of(cls, given: "Refinements | Mapping[str, Any]") -> "Refinements":
+        """From its names and values, as a configuration file holds them.
+
+        Raises:
+            InputError: a name or a value that it does not have.
+        """
+        if isinstance(given, Refinements):
+            return given
+        known = [field.name for field in fields(cls)]
+        if unknown := [name for name in given if name not in known]:
+            raise InputError(f"there is no refinement {unknown[0]!r}: known are {', '.join(known)}")
+        return cls(**given)
 
 
 PUBLISHED = Refinements()

@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, stack
 
 from qr_integrations.backend import Backend
 from qr_integrations.backend.memory import free_memory
-from qr_integrations.errors import InputError, MemoryLimitError
+from qr_integrations.errors import InputError, MemoryLimitError, WindowError
 from qr_integrations.retrieval.explain import attended_words, strongest_spans
 from qr_integrations.retrieval.heads import HeadSet
 from qr_integrations.retrieval.layout import PromptLayout, PromptStyle, Query
@@ -64,7 +64,7 @@ class AttentionReranker:
         max_context_tokens: int | None = None,
         batch_size: int | None = None,
         keep_prefixes: int = 2,
-        refinements: Refinements = PUBLISHED,
+        refinements: Refinements | Mapping[str, Any] = PUBLISHED,
     ) -> None:
         if not 0.0 <= null_instruction <= 1.0:
             raise InputError(f"null_instruction is a share, got {null_instruction}: pass a number from 0 to 1")
@@ -80,7 +80,7 @@ class AttentionReranker:
             calibrated=calibrated,
             null_instruction=null_instruction,
             keep_prefixes=keep_prefixes,
-            refinements=refinements,
+            refinements=Refinements.of(refinements),
         )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "AttentionReranker":
@@ -179,12 +179,35 @@ class AttentionReranker:
         Raises:
             WindowError: the documents do not fit into one window.
         """
+        layout, scores_KT = self._per_head(query, documents)
+        return score_documents_per_head(scores_KT, layout.documents)
+
+    def score_subsets(
+        self, query: str, documents: Sequence[DocumentLike], subsets: Sequence[Sequence[int]]
+    ) -> Float[Tensor, "S N"]:
+        """Score every document by several choices among the heads, in one pass; each as a reranker of its own would.
+
+        Args:
+            query, documents: as in `rank`.
+            subsets: positions in ``heads.heads``.
+
+        Raises:
+            WindowError: the documents do not fit into one window.
+        """
+        layout, scores_KT = self._per_head(query, documents)
+        return stack([score_documents(scores_KT[list(subset)], layout.documents) for subset in subsets])
+
+    def _per_head(self, query: str, documents: Sequence[DocumentLike]) -> tuple[PromptLayout, Float[Tensor, "K T"]]:
         given = as_documents(documents)
         _check_query(query, None)
         asked = self._query(query, None)
-        read = [candidate.read for candidate in self._fit(asked, given, replace(self.limits, truncation="error"))[0]]
-        layout, scores_KT = self._scorer.score(asked, read, per_head=True)
-        return score_documents_per_head(scores_KT, layout.documents)
+        windows = self._fit(asked, given, self.limits)
+        if len(windows) > 1 or len(windows[0]) > len(given):
+            raise WindowError(
+                f"{len(given)} documents need {len(windows)} prompts, but heads are compared within one: pass fewer "
+                "documents, or truncation='head' with a smaller max_doc_tokens"
+            )
+        return self._scorer.score(asked, [candidate.read for candidate in windows[0]], per_head=True)
 
     def explain(
         self, query: str, documents: Sequence[DocumentLike], index: int, *, instruction: str | None = None
