@@ -1,16 +1,20 @@
 """Judged lists from files: one JSON object a line."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from qr_integrations.errors import InputError
+from qr_integrations.evaluation.reading import identifier, read_lines
 from qr_integrations.retrieval.reranker import as_documents
-from qr_integrations.types import JudgedList
+from qr_integrations.types import Document, JudgedList
 
-_SHAPE = '{"query": "...", "documents": [{"text": "...", "title": "..."}, ...], "gold": [0]}'
+_SHAPE = (
+    '{"query": "...", "documents": [{"text": "...", "title": "..."}, ...], "gold": [0]}, or with grades '
+    '"relevance": {"0": 2} for "gold"'
+)
 
 
 def read_lists(path: str | Path) -> Iterator[JudgedList]:
@@ -18,30 +22,56 @@ def read_lists(path: str | Path) -> Iterator[JudgedList]:
 
     A line is ``{"query": ..., "documents": [...], "gold": [...]}``: documents are strings or objects with ``text`` and
     perhaps ``title`` and ``id``; ``gold`` holds the places of the relevant ones, counted from 0, or is one number.
-    ``id`` names the question; ``question`` is understood for ``query``.
+    Grades stand in ``relevance``, by places, in place of ``gold``: ``{"0": 2, "3": 1}``. ``id`` names the question;
+    ``question`` is understood for ``query``. Gzip is unpacked.
 
     Raises:
         InputError: names file and line, and what a line must look like.
     """
-    try:
-        with Path(path).open(encoding="utf-8") as lines:
-            for number, line in enumerate(lines, start=1):
-                if line.strip():
-                    yield _list(f"{path}, line {number}", line, number)
-    except OSError as error:
-        raise InputError(f"{str(path)!r} cannot be read ({error.strerror}): pass a JSONL file of lists") from error
-    except UnicodeDecodeError as error:
-        raise InputError(f"{str(path)!r} is not UTF-8 (byte {error.start}): convert it with iconv") from error
+    for number, line in read_lines(path, "a JSONL file of lists"):
+        yield _list(f"{path}, line {number}", line, number)
 
 
 def _list(where: str, line: str, number: int) -> JudgedList:
     try:
         entry: dict[str, Any] = json.loads(line)
         query = entry.get("query", entry.get("question"))
-        documents = tuple(replace(given, title=given.title or None) for given in as_documents(entry["documents"]))
-        gold = [entry["gold"]] if isinstance(entry["gold"], int) else list(entry["gold"])
-        if not isinstance(query, str) or not query.strip() or not all(type(place) is int for place in gold):
-            raise TypeError("no query, or `gold` holds something else than numbers")
-        return JudgedList(query, documents, dict.fromkeys(gold, 1), id=str(entry.get("id", number)))
+        if not isinstance(query, str) or not query.strip():
+            raise TypeError("no query")
+        return JudgedList(query, _documents(entry["documents"]), _relevance(entry), id=str(entry.get("id", number)))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{where}: no list ({error}): write {_SHAPE}") from error
+
+
+def _documents(given: Any) -> tuple[Document, ...]:
+    if isinstance(given, list):
+        given = [_with_text_id(place, document) for place, document in enumerate(given)]
+    documents = tuple(replace(document, title=document.title or None) for document in as_documents(given))
+    seen: set[str] = set()
+    for document in documents:
+        if document.id in seen:
+            raise ValueError(f"two documents have the id {document.id!r}")
+        if document.id is not None:
+            seen.add(document.id)
+    return documents
+
+
+def _with_text_id(place: int, document: Any) -> Any:
+    """Ids are strings; a file may hold numbers."""
+    if isinstance(document, Mapping) and document.get("id") is not None:
+        return {**document, "id": identifier(document, "id", f"document #{place}")}
+    return document
+
+
+def _relevance(entry: Mapping[str, Any]) -> dict[int, int]:
+    if "relevance" not in entry:
+        gold = [entry["gold"]] if isinstance(entry["gold"], int) else list(entry["gold"])
+        if not all(type(place) is int for place in gold):
+            raise TypeError("`gold` holds something else than numbers")
+        return dict.fromkeys(gold, 1)
+    if "gold" in entry:
+        raise ValueError("both `gold` and `relevance`")
+    grades = {int(place): grade for place, grade in entry["relevance"].items()}
+    if not all(type(grade) is int for grade in grades.values()):
+        raise TypeError("`relevance` holds a grade that is no whole number")
+    return {place: grade for place, grade in grades.items() if grade > 0}
