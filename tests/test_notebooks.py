@@ -116,7 +116,7 @@ def notebook(request: pytest.FixtureRequest) -> tuple[Path, Any, Any]:
 
 
 def test_all_notebooks_are_here() -> None:
-    assert [path.stem[:2] for path in NOTEBOOKS] == ["01", "02"]
+    assert [path.stem[:2] for path in NOTEBOOKS] == ["01", "02", "03"]
 
 
 def test_it_shows_a_picture_and_marked_text(notebook: tuple[Path, Any, Any]) -> None:
