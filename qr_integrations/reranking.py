@@ -131,8 +131,9 @@ class RerankSettings(BaseModel):
         method: ``"qrhead"``, or ``"icr"`` for all heads and ICR's prompt.
         heads: ``"auto"``, ``"all"``, a file, a `HeadSet`, or ``(layer, head)`` pairs.
         prompt, instruction, null_instruction, calibrated, truncation, max_doc_tokens, max_context_tokens, batch_size,
-            keep_prefixes, refinements: see `QRHeadReranker`. On a CPU a `max_context_tokens` of 2,048 or 4,096 ranks long lists much
-            faster than a model's whole window: the time for attention grows with the square of a prompt's length.
+            keep_prefixes, refinements: see `QRHeadReranker`. On a CPU a `max_context_tokens` of 2,048 or 4,096 ranks
+            long lists much faster than a model's whole window: the time for attention grows with the square of a
+            prompt's length.
         normalize: None leaves the attention as it is. ``"share"`` divides what is positive by the sum of it: a share of
             this list, no probability. ``"sigmoid"`` is 1 / (1 + exp(-score)): 0.5 for a document that the query looks
             at no more than the null query. A function takes all scores, best first, and returns as many.

@@ -48,7 +48,7 @@ ONLY_IN = {
     "llama_index": {"llama_index"},
     "rich": {"cli"},
     "ray": {"serving", "evaluation", "retrieval"},
-    "sentence_transformers": set(),
+    "sentence_transformers": {"evaluation"},
     "pickle": set(),
 }
 FAMILY = re.compile(

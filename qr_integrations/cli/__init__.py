@@ -25,6 +25,14 @@ A line of --data: {"query": "...", "documents": [{"text": "...", "title": "..."}
 Stopped and started again with the same arguments, it goes on where it was. A file qr_heads.json in a model's folder is
 found by heads="auto". Exit codes: 0 done, 2 error, 130 interrupted.
 """
+_EVAL_NOTES = """\
+DATA is a folder in BEIR's layout (corpus.jsonl, queries.jsonl, qrels/SPLIT.tsv; perhaps .gz), a .jsonl file of lists as
+for `detect`, or a .json file as the QRHead authors' scripts read it (LongMemEval, CLIPPER). Without it: 40 questions
+that ship with the package. SPEC is random, retrieved, bm25, icr, qr, cross:PATH (a sentence-transformers CrossEncoder)
+or bi:PATH (a SentenceTransformer); icr and qr take settings: qr:heads=FILE,top=8  qr:random=16,seed=1 (heads drawn at
+random)  qr:calibrated=no  qr:layout=block  qr:orders=4  qr:length_power=0.5  qr:rare_words=1. METRIC is what
+ir-measures knows (nDCG@10 R@5 RR@10 AP Success@5), or All@5. Exit codes: 0 done, 2 error, 130 interrupted.
+"""
 _DOCTOR_NOTES = (
     "Exit codes: 0 all checks passed, 1 a check failed, 2 the model cannot be loaded or read, 130 interrupted."
 )
@@ -63,8 +71,8 @@ def _parser() -> argparse.ArgumentParser:
         "qr-integrations", description="Rank documents with the attention of a language model that you run yourself."
     )
     parser.add_argument("--version", action="version", version=f"qr-integrations {__version__}")
-    commands = parser.add_subparsers(dest="command", title="commands", metavar="{demo,rerank,detect,doctor}")
-    for add in (_add_demo, _add_rerank, _add_detect, _add_doctor):
+    commands = parser.add_subparsers(dest="command", title="commands", metavar="{demo,rerank,detect,eval,doctor}")
+    for add in (_add_demo, _add_rerank, _add_detect, _add_eval, _add_doctor):
         add(commands)
     return parser
 
@@ -138,6 +146,48 @@ def _add_detect(commands: Any) -> None:
     detect.add_argument("--plot", metavar="FILE", help="a heat map of all heads, for instance heads.png")
     detect.add_argument("--json", action="store_true", help="the result on standard output too, as one JSON object")
     _add_model(detect)
+
+
+def _add_eval(commands: Any) -> None:
+    evaluate = commands.add_parser(
+        "eval",
+        help="measure rerankers side by side",
+        description="Measure rerankers on judged lists: as retrieved and shuffled, with intervals, tests and biases.",
+        epilog=_EVAL_NOTES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    evaluate.add_argument("data", nargs="?", metavar="DATA", help="a BEIR folder, .jsonl or .json (default: built in)")
+    evaluate.add_argument("--split", default="test", help="which qrels of a BEIR folder (default: test)")
+    evaluate.add_argument("--run", metavar="FILE", help="a TREC run with the candidates (default: BM25 finds them)")
+    evaluate.add_argument("--depth", type=int, default=100, metavar="N", help="candidates per query (default: 100)")
+    evaluate.add_argument("--skip-unknown", action="store_true", help="leave out judgments of unknown documents")
+    evaluate.add_argument("--limit", type=int, metavar="N", help="the first N lists only")
+    evaluate.add_argument(
+        "--system",
+        nargs="+",
+        default=["bm25", "qr", "icr", "random"],
+        metavar="SPEC",
+        help="what is measured (default: bm25 qr icr random)",
+    )
+    evaluate.add_argument("--baseline", metavar="SPEC", help="what the others are compared with (default: the first)")
+    evaluate.add_argument(
+        "--metrics", nargs="+", default=["nDCG@10", "R@5", "RR"], metavar="METRIC", help="default: nDCG@10 R@5 RR"
+    )
+    evaluate.add_argument("--seeds", type=int, default=3, metavar="N", help="shuffled orders per list (default: 3)")
+    evaluate.add_argument(
+        "--sweep",
+        nargs="?",
+        const="detect",
+        metavar="FILE",
+        help="numbers of heads and exit layers too, with the scores of a file from `detect`, or detected first",
+    )
+    evaluate.add_argument("--lengths", nargs="+", type=int, metavar="N", help="recall in long inputs of N tokens too")
+    evaluate.add_argument("--generate", choices=["chat", "book"], default="chat", help="what they are (default: chat)")
+    evaluate.add_argument("--evidence", type=int, default=1, metavar="N", help="questions asked at once (default: 1)")
+    evaluate.add_argument("--count", type=int, metavar="N", help="long inputs of each length (default: one per list)")
+    evaluate.add_argument("--out", default="eval-report", metavar="FOLDER", help="the report (default: eval-report)")
+    evaluate.add_argument("--json", action="store_true", help="the results on standard output too, as one JSON object")
+    _add_model(evaluate)
 
 
 def _add_doctor(commands: Any) -> None:

@@ -2,15 +2,13 @@
 
 import argparse
 import math
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from itertools import islice
 from pathlib import Path
 
 import numpy as np
 from rich.console import Console
 from rich.padding import Padding
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
 from qr_integrations.bundled import read_detection_lists
@@ -46,9 +44,13 @@ def run(args: argparse.Namespace) -> int:
         truncation="head",
         max_doc_tokens=args.max_doc_tokens,
     )
-    with _counting(len(lists) if isinstance(lists, list) else args.limit) as advance:
+    total = len(lists) if isinstance(lists, list) else args.limit
+    with screen.counting("Detecting", total) as advance:
         detection = detector.detect(
-            islice(lists, args.limit), data=args.data or _BUILT_IN, state=out.with_suffix(".part"), progress=advance
+            islice(lists, args.limit),
+            data=args.data or _BUILT_IN,
+            state=out.with_suffix(".part"),
+            progress=lambda done: advance(done, total),
         )
     chosen = detection.save(out, args.objective, top_k=args.top_k, max_layer=args.max_layer)
     if args.plot:
@@ -61,16 +63,6 @@ def run(args: argparse.Namespace) -> int:
     else:
         _show(screen.stdout(), detection, chosen, args)
     return 0
-
-
-@contextmanager
-def _counting(total: int | None) -> Iterator[Callable[[int], None]]:
-    """A bar for people who wait at a terminal."""
-    console = screen.stderr()
-    columns = (TextColumn("Detecting"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task("lists", total=total)
-        yield lambda done: bar.update(task, completed=done)
 
 
 def _show(console: Console, detection: Detection, chosen: HeadSet, args: argparse.Namespace) -> None:

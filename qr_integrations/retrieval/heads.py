@@ -5,6 +5,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
+from random import Random
 
 from qr_integrations.backend import Backend
 from qr_integrations.bundled import BUNDLED, bundled_path
@@ -71,6 +72,19 @@ class HeadSet:
         layers = backend.attention_layers.items()
         heads = tuple((index, head) for index, layer in layers for head in range(layer.num_heads))
         return cls(heads, model=backend.name, source="all heads")
+
+    @classmethod
+    def random(cls, backend: Backend, count: int, *, seed: int = 0) -> "HeadSet":
+        """Heads drawn at random: the control that a detection has to beat.
+
+        Raises:
+            HeadError: the model has fewer heads than `count`.
+        """
+        every = cls.all(backend).heads
+        if not 1 <= count <= len(every):
+            raise HeadError(f"{count} of the {len(every)} heads of {backend.name!r}: pass 1 to {len(every)}")
+        drawn = tuple(Random(seed).sample(every, count))
+        return cls(drawn, model=backend.name, source=f"drawn at random, seed {seed}")
 
     @classmethod
     def load(cls, path: str | Path) -> "HeadSet":

@@ -84,3 +84,29 @@ def test_the_bundled_heads_leave_layers_to_skip(qr_mini: Any) -> None:
     from qr_integrations import HeadSet
 
     assert HeadSet.resolve("auto", qr_mini).top_layer < max(qr_mini.attention_layers)
+
+
+def test_random_heads_are_a_control_that_can_be_repeated(qr_mini: Any) -> None:
+    from qr_integrations import HeadSet
+    from qr_integrations.errors import HeadError
+
+    drawn = [HeadSet.random(qr_mini, 5, seed=seed).heads for seed in range(4)]
+    assert HeadSet.random(qr_mini, 5, seed=1).heads == drawn[1] and len(set(drawn)) == 4
+    assert all(len(set(heads)) == 5 and set(heads) <= set(HeadSet.all(qr_mini).heads) for heads in drawn)
+    with pytest.raises(HeadError, match="pass 1 to 16"):
+        HeadSet.random(qr_mini, 17)
+
+
+def test_scores_of_a_detection_are_read_back(tmp_path: Path) -> None:
+    from qr_integrations.errors import HeadError
+    from qr_integrations.retrieval.heads import read_scores
+
+    path = tmp_path / "heads.json"
+    path.write_text(json.dumps({"heads": [[1, 0]], "scores": [[0, 0, 0.25], [1, 0, 0.5]]}))
+    assert read_scores(path) == {(0, 0): 0.25, (1, 0): 0.5}
+    for bad in ('{"heads": [[1, 0]]}', "[1]", "{", '{"scores": [[0, 0]]}'):
+        path.write_text(bad)
+        with pytest.raises(HeadError, match="qr-integrations detect"):
+            read_scores(path)
+    with pytest.raises(HeadError, match="qr-integrations detect"):
+        read_scores(tmp_path / "none.json")

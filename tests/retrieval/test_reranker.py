@@ -278,3 +278,25 @@ def test_explain_in_unicode(reranker: Any) -> None:
     for index, text in enumerate(documents):
         for word in reranker.explain("straßenname istanbul 東京都", documents, index):
             assert text[word.span.slice()] == word.text
+
+
+def test_subsets_of_heads_score_as_rerankers_of_their_own(qr_mini: Any) -> None:
+    from qr_integrations import HeadSet, QRHeadReranker
+
+    every = HeadSet.all(qr_mini).heads
+    subsets = [[5], [4, 5, 8], list(range(16))]
+    scores = QRHeadReranker(qr_mini, heads=every).score_subsets(QUERIES[0], DOCUMENTS, subsets)
+    for subset, found in zip(subsets, scores.tolist(), strict=True):
+        ranking = QRHeadReranker(qr_mini, heads=[every[i] for i in subset]).rank(QUERIES[0], DOCUMENTS)
+        assert found == pytest.approx([item.score for item in sorted(ranking, key=lambda i: i.index)], abs=1e-6)
+
+
+def test_heads_are_scored_on_documents_that_were_cut(qr_mini: Any) -> None:
+    from qr_integrations import QRHeadReranker
+    from qr_integrations.errors import WindowError
+
+    long = ["dracula was written by stoker " * 40, "cats sleep " * 60]
+    cut = QRHeadReranker(qr_mini, truncation="head", max_doc_tokens=20).score_per_head("who wrote dracula", long)
+    assert cut.shape == (5, 2)
+    with pytest.raises(WindowError, match="heads are compared within one"):
+        QRHeadReranker(qr_mini, truncation="chunk", max_doc_tokens=20).score_per_head("who wrote dracula", long)
