@@ -26,12 +26,13 @@ Stopped and started again with the same arguments, it goes on where it was. A fi
 found by heads="auto". Exit codes: 0 done, 2 error, 130 interrupted.
 """
 _EVAL_NOTES = """\
-DATA is a folder in BEIR's layout (corpus.jsonl, queries.jsonl, qrels/SPLIT.tsv; perhaps .gz), a .jsonl file of lists as
-for `detect`, or a .json file as the QRHead authors' scripts read it (LongMemEval, CLIPPER). Without it: 40 questions
-that ship with the package. SPEC is random, retrieved, bm25, icr, qr, cross:PATH (a sentence-transformers CrossEncoder)
-or bi:PATH (a SentenceTransformer); icr and qr take settings: qr:heads=FILE,top=8  qr:random=16,seed=1 (heads drawn at
-random)  qr:calibrated=no  qr:layout=block  qr:orders=4  qr:length_power=0.5  qr:rare_words=1. METRIC is what
-ir-measures knows (nDCG@10 R@5 RR@10 AP Success@5), or All@5. Exit codes: 0 done, 2 error, 130 interrupted.
+DATA stands before the options. It is a folder in BEIR's layout (corpus.jsonl, queries.jsonl, qrels/SPLIT.tsv; perhaps
+.gz), a .jsonl file of lists as for `detect`, or a .json file as the QRHead authors' scripts read it (LongMemEval,
+CLIPPER). Without it: 40 questions that ship with the package. SPEC is random, retrieved, bm25, icr, qr, cross:PATH (a
+sentence-transformers CrossEncoder) or bi:PATH (a SentenceTransformer); icr and qr take settings, without commas in
+them: qr:heads=FILE,top=8  qr:random=16,seed=1 (heads drawn at random)  qr:calibrated=no  qr:layout=block  qr:orders=4
+qr:length_power=0.5  qr:rare_words=1. METRIC is what ir-measures knows (nDCG@10 R@5 RR@10 AP Success@5), or All@5.
+Exit codes: 0 done, 2 error, 130 interrupted.
 """
 _DOCTOR_NOTES = (
     "Exit codes: 0 all checks passed, 1 a check failed, 2 the model cannot be loaded or read, 130 interrupted."
@@ -181,10 +182,15 @@ def _add_eval(commands: Any) -> None:
         metavar="FILE",
         help="numbers of heads and exit layers too, with the scores of a file from `detect`, or detected first",
     )
-    evaluate.add_argument("--lengths", nargs="+", type=int, metavar="N", help="recall in long inputs of N tokens too")
+    evaluate.add_argument(
+        "--lengths", nargs="+", type=int, metavar="N", help="recall in long inputs of N tokens too, made of all lists"
+    )
     evaluate.add_argument("--generate", choices=["chat", "book"], default="chat", help="what they are (default: chat)")
     evaluate.add_argument("--evidence", type=int, default=1, metavar="N", help="questions asked at once (default: 1)")
-    evaluate.add_argument("--count", type=int, metavar="N", help="long inputs of each length (default: one per list)")
+    evaluate.add_argument("--recall-at", type=int, default=5, metavar="N", help="ranks that count there (default: 5)")
+    evaluate.add_argument(
+        "--count", type=int, metavar="N", help="long inputs of each length (default: one per list measured)"
+    )
     evaluate.add_argument("--out", default="eval-report", metavar="FOLDER", help="the report (default: eval-report)")
     evaluate.add_argument("--json", action="store_true", help="the results on standard output too, as one JSON object")
     _add_model(evaluate)

@@ -19,7 +19,7 @@ from qr_integrations.bundled import SAMPLE_SOURCE, read_detection_lists, read_sa
 from qr_integrations.cli import model, screen
 from qr_integrations.errors import InputError
 from qr_integrations.evaluation.data import read_data
-from qr_integrations.evaluation.lengths import RECALL_AT, LengthPoint, recall_by_length
+from qr_integrations.evaluation.lengths import LengthPoint, recall_by_length
 from qr_integrations.evaluation.long_context import LongContext
 from qr_integrations.evaluation.measuring import ORDERS, SHUFFLED, check_lists, check_metrics, quality, run_systems
 from qr_integrations.evaluation.report import RESULTS, TABLES, check_folder, save_report
@@ -72,8 +72,8 @@ def _check(args: argparse.Namespace) -> None:
     """What can be known before anything is loaded."""
     if args.limit is not None and args.limit < 1:
         raise InputError("--limit counts from 1: pass at least 1, or leave it out")
-    if args.seeds < 1 or args.depth < 1:
-        raise InputError("--seeds and --depth count from 1: pass at least 1")
+    if args.seeds < 1 or args.depth < 1 or args.recall_at < 1:
+        raise InputError("--seeds, --depth and --recall-at count from 1: pass at least 1")
     for length in args.lengths or ():
         LongContext(length, evidence=args.evidence, count=args.count)
     if args.baseline and args.baseline not in args.system:
@@ -158,7 +158,7 @@ def _lengths(
         for length in sorted(set(args.lengths))
     ]
     with screen.counting("Lengths", len(settings)) as advance:
-        return recall_by_length(systems, answered, settings, kind=args.generate, progress=advance)
+        return recall_by_length(systems, answered, settings, kind=args.generate, at=args.recall_at, progress=advance)
 
 
 def _show(console: Console, report: Report, out: str) -> None:
@@ -174,7 +174,7 @@ def _parts(console: Console, report: Report) -> Iterator[RenderableType]:
     yield Padding(_fine_print(report, wide), (1, 1), style="dim")
     if report.lengths:
         several = any(point.recall_any != point.recall_all for point in report.lengths)
-        yield _title(f"Evidence among the first {RECALL_AT}{': any / all of it' if several else ''}")
+        yield _title(f"Evidence among the first {report.lengths[0].at}{': any / all of it' if several else ''}")
         yield _lengths_table(report, several)
         yield ""
     if report.sweep:

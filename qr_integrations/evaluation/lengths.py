@@ -23,12 +23,14 @@ class LengthPoint:
         system: its name.
         num_tokens: of the chats or books.
         documents: turns or chapters of one, the mean.
-        recall_any, recall_all: how often one, or every piece of evidence is among the first `RECALL_AT`.
+        at: how many ranks count.
+        recall_any, recall_all: how often one, or every piece of evidence is among them.
     """
 
     system: str
     num_tokens: int
     documents: float
+    at: int
     recall_any: Estimate
     recall_all: Estimate
 
@@ -39,6 +41,7 @@ def recall_by_length(
     settings: Sequence[LongContext],
     *,
     kind: Literal["chat", "book"] = "chat",
+    at: int = RECALL_AT,
     progress: Progress | None = None,
 ) -> list[LengthPoint]:
     """How often every system finds the evidence in generated chats or books of several lengths.
@@ -48,6 +51,7 @@ def recall_by_length(
         lists: questions and passages to make chats or books of.
         settings: one for each length.
         kind: what is made. Turns or chapters are read in their order.
+        at: how many ranks count.
         progress: called with the lengths done and all of them.
 
     Raises:
@@ -55,14 +59,14 @@ def recall_by_length(
     """
     make = make_chats if kind == "chat" else make_books
     points: list[LengthPoint] = []
-    metrics = [f"Success@{RECALL_AT}", f"All@{RECALL_AT}"]
+    metrics = [f"Success@{at}", f"All@{at}"]
     for number, (one, made) in enumerate([(one, make(lists, one)) for one in settings]):
         systems = make_systems(made)
         found = quality(run_systems(systems, made, seeds=()), made, metrics)[RETRIEVED]
         size = float(np.mean([len(judged.documents) for judged in made]))
         for system in systems:
             of_any, of_all = (interval(found[system.name][metric]) for metric in metrics)
-            points.append(LengthPoint(system.name, one.num_tokens, size, of_any, of_all))
+            points.append(LengthPoint(system.name, one.num_tokens, size, at, of_any, of_all))
         if progress:
             progress(number + 1, len(settings))
     return points

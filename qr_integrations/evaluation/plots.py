@@ -9,7 +9,6 @@ from jaxtyping import Float
 
 from qr_integrations.errors import MissingExtra
 from qr_integrations.evaluation.biases import BINS, Bias
-from qr_integrations.evaluation.lengths import RECALL_AT
 from qr_integrations.evaluation.measuring import ORDERS
 from qr_integrations.evaluation.statistics import Estimate
 from qr_integrations.evaluation.summary import Report
@@ -129,7 +128,7 @@ def plot_lengths(report: Report, path: str | Path) -> None:
             axis.fill_between(lengths, [one.low for one in found], [one.high for one in found], color=colour, alpha=0.1)
         axis.set(xlabel="tokens", title=f"{kind} evidence found", ylim=(-0.02, 1.02))
         axis.grid(alpha=0.3)
-    figure.axes[0].set_ylabel(f"recall@{RECALL_AT}")
+    figure.axes[0].set_ylabel(f"recall@{report.lengths[0].at}")
     _legend_beside(figure)
     figure.savefig(path, bbox_inches="tight")
 

@@ -10,7 +10,6 @@ from typing import Any
 
 from qr_integrations.errors import InputError
 from qr_integrations.evaluation.biases import Bias
-from qr_integrations.evaluation.lengths import RECALL_AT
 from qr_integrations.evaluation.measuring import ORDERS, Quality, Run
 from qr_integrations.evaluation.plots import plot_biases, plot_lengths, plot_pareto, plot_quality, require_matplotlib
 from qr_integrations.evaluation.statistics import Estimate
@@ -215,7 +214,9 @@ def _lengths_part(report: Report) -> Iterator[str]:
         [f"{p.num_tokens:,}", f"{p.documents:.0f}", p.system, str(p.recall_any), str(p.recall_all)]
         for p in report.lengths
     ]
-    yield _table(["tokens", "documents", "system", f"any evidence in the first {RECALL_AT}", "all of it"], rows)
+    yield _table(
+        ["tokens", "documents", "system", f"any evidence in the first {report.lengths[0].at}", "all of it"], rows
+    )
 
 
 def _signed(estimate: Estimate) -> str:

@@ -188,6 +188,8 @@ def _reranker(spec: str, kind: str, backend: Backend) -> AttentionReranker:
     """QRHead or ICR with settings. Nothing is kept between lists: every one is timed as a new one."""
     given = _settings(spec, {**_SETTINGS, **_REFINEMENTS, **(_CHOICE_OF_HEADS if kind == "qr" else {})})
     refined = {name: given.pop(name) for name in _REFINEMENTS if name in given}
+    if "random" in given and not {"heads", "top"}.isdisjoint(given):
+        raise InputError(f"{spec!r}: heads are drawn from all of the model's: leave out heads and top, or random")
     heads, top = given.pop("heads", "auto"), given.pop("top", None)
     drawn, seed = given.pop("random", None), given.pop("seed", 0)
     options: dict[str, Any] = {"truncation": "head", "keep_prefixes": 0, "refinements": Refinements(**refined), **given}

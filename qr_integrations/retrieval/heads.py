@@ -99,7 +99,7 @@ class HeadSet:
             raise HeadError(
                 f"no head set at {str(path)!r}: pass a JSON file written by HeadSet.save, or a list of heads"
             ) from error
-        except (ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError) as error:
             raise HeadError(
                 f'{str(path)!r} is not a head set ({error}): it needs {{"heads": [[layer, head], ...]}}'
             ) from error

@@ -83,6 +83,17 @@ def test_any_and_all_of_several_pieces(lists: list[Any]) -> None:
     assert one.recall_any.mean == 1.0 and one.recall_all.mean < 1.0
 
 
+def test_how_many_ranks_count(lists: list[Any]) -> None:
+    """Both pieces of evidence stand on top: the first rank holds one of them, the first two hold both."""
+    counts = {
+        at: measure([KnowsAnswers("all", lists)], lists, settings(3000, count=3, evidence=2), at=at) for at in (1, 2)
+    }
+    assert [(point.at, point.recall_any.mean, point.recall_all.mean) for (point,) in counts.values()] == [
+        (1, 1.0, 0.0),
+        (2, 1.0, 1.0),
+    ]
+
+
 def test_books(lists: list[Any]) -> None:
     good = KnowsAnswers("good", lists)
     (one,) = measure([good], lists, settings(3000, count=2), kind="book")

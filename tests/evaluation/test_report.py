@@ -57,7 +57,7 @@ def made(lists: list[Any], systems: list[By]) -> dict[str, Any]:
         "good",
         summarise(runs, lists, measured, METRICS, "good"),
         [SweepPoint(1, 2, some, some, 0.25, 0.5, True), SweepPoint(3, 2, some, some, 0.5, 1.0)],
-        [LengthPoint("good", length, 9.6, some, some) for length in (1000, 2000)],
+        [LengthPoint("good", length, 9.6, 5, some, some) for length in (1000, 2000)],
     )
     return {"report": report, "runs": runs, "measured": measured, "lists": lists}
 
