@@ -260,7 +260,7 @@ class Backend:
         if prefix is not None and prefix.cache is None:
             again = torch.tensor(prefix.token_ids, device=ids.device).expand(ids.shape[0], past)
             ids, past = torch.cat([again, ids], dim=1), 0
-        cache, skipped = (prefix.branch(), past - prefix.num_positions) if prefix else (None, 0)
+        cache, skipped = (prefix.branch(), past - prefix.num_positions) if prefix and past else (None, 0)
         with torch.set_grad_enabled(tap.differentiable and torch.is_grad_enabled()):
             rows = self._run(ids, cache, past, attention_mask, tap=tap, stop_after=tap.top_layer, skipped=skipped)
         assert rows is not None
