@@ -1,0 +1,156 @@
+"""What the model can see: every skill at controlled sizes, whole and cropped, and what its captions invent."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from transformers import LlavaForConditionalGeneration
+
+from .packing import Example, Packer, answer_logits
+from .questions import ASKERS, DESCRIBE, Question, ask_count, ask_presence, named_things
+from .render import IGNORED, View
+from .views import seeded, whole
+from .world import CARRIERS, LARGEST, PARTNERS, Difficulty, Scene, Thing, crop_around, draw_scene, resized
+
+SHARES = (0.6, 0.4, 0.2, 0.1, 0.05, 0.03)
+"""Longest side of the thing that is asked about, as a share of the picture's longest side."""
+HELD_OUT = "held out"
+MANY = 8
+"""Sequences in one pass."""
+
+Table = dict[str, dict[str, float]]
+"""Skill, then size as "0.10", to the share of right answers."""
+
+
+def held_out_scene(number: int) -> Scene:
+    """A scene that training never draws; its first thing is large, and carries a mark in three of four scenes."""
+    rng = seeded(HELD_OUT, number)
+    wanted = (*CARRIERS, "sign") if number % 4 else None
+    while True:
+        scene = draw_scene(rng, Difficulty(most=5, largest=0.3), first=[LARGEST])
+        first = scene.things[0]
+        if wanted is None or (first.kind in wanted and first.mark):
+            return scene
+
+
+def questions_about_first(number: int, scene: Scene) -> list[Question]:
+    """All skills that a scene's first thing allows, the same whatever its size; presence with yes and no."""
+    rng = seeded(HELD_OUT, "questions", number)
+    asked = [asker(rng, scene, 0) for asker in ASKERS[1:]] + [ask_presence(rng, scene, 0) for _ in range(3)]
+    asked.append(ask_count(rng, scene))
+    return list({q.text: q for q in asked if q is not None}.values())
+
+
+@torch.no_grad()
+def right_answers(
+    model: LlavaForConditionalGeneration, packer: Packer, examples: Sequence[Example]
+) -> list[list[bool]]:
+    """Whether each question of each example is answered right, word by word, as greedy decoding would."""
+    results: list[list[bool]] = []
+    for start in range(0, len(examples), MANY):
+        some = examples[start : start + MANY]
+        batch = packer.pack(some).to(model.device)
+        hits = answer_logits(model, batch).argmax(-1) == batch.targets[batch.targets != IGNORED]
+        place = 0
+        for example in some:
+            results.append([])
+            for question in example.questions:
+                length = len(packer.question_ids(question)[1])
+                results[-1].append(bool(hits[place : place + length].all()))
+                place += length
+    return results
+
+
+def oracle_views(scene: Scene, resolution: int) -> tuple[View, View]:
+    """The whole picture and a crop around its first thing."""
+    return whole(scene, resolution), View(scene, crop_around(scene, scene.things[0].box), resolution)
+
+
+def skill_table(model: LlavaForConditionalGeneration, packer: Packer, scenes: int, cropped: bool = False) -> Table:
+    """Share of right answers by skill and size; with `cropped`, the whole picture and the oracle crop are shown."""
+    hits: dict[str, dict[str, list[bool]]] = {}
+    for share in SHARES:
+        examples = []
+        for number in range(scenes):
+            scene = held_out_scene(number)
+            questions = questions_about_first(number, scene)
+            scene = resized(scene, 0, share)
+            views = oracle_views(scene, packer.sizes.resolution)
+            examples.append(Example(views if cropped else views[:1], tuple(questions)))
+        for example, right in zip(examples, right_answers(model, packer, examples), strict=True):
+            for question, hit in zip(example.questions, right, strict=True):
+                hits.setdefault(question.skill, {}).setdefault(f"{share:.2f}", []).append(hit)
+    return {skill: {size: round(sum(h) / len(h), 3) for size, h in sizes.items()} for skill, sizes in hits.items()}
+
+
+def caption_counts(caption: str, things: Sequence[Thing]) -> dict[str, int]:
+    """How many kinds a caption names, how many of them are not there, and how many of those are usual partners.
+
+    Example:
+        >>> ball = Thing("ball", "red", None, (0, 0, 50, 50))
+        >>> caption_counts("a picture of a red ball and a blue box", [ball])
+        {'named': 2, 'invented': 1, 'expected': 1, 'there': 1, 'found': 1}
+    """
+    named = {kind for _, kind in named_things(caption)}
+    there = {thing.kind for thing in things}
+    invented = named - there
+    expected = {kind for kind in invented if PARTNERS.get(kind) in there}
+    counts = (len(named), len(invented), len(expected), len(there), len(named & there))
+    return dict(zip(("named", "invented", "expected", "there", "found"), counts, strict=True))
+
+
+def without_partner(scene: Scene) -> Scene:
+    """The scene without the partner of its largest thing: a picture that invites to invent it."""
+    partner = PARTNERS.get(scene.things[0].kind)
+    kept = tuple(thing for thing in scene.things if thing.kind != partner)
+    return replace(scene, things=kept)
+
+
+@torch.no_grad()
+def write_captions(model: LlavaForConditionalGeneration, packer: Packer, scenes: Sequence[Scene]) -> list[str]:
+    """Greedy captions of whole pictures."""
+    tokenizer, captions = packer.tokenizer, []
+    question = Question(DESCRIBE[0], "", "caption")
+    for start in range(0, len(scenes), MANY):
+        views = [Example((whole(s, packer.sizes.resolution),), (question,)) for s in scenes[start : start + MANY]]
+        batch = packer.pack(views).to(model.device)
+        ids = model.generate(
+            input_ids=batch.input_ids,
+            attention_mask=torch.ones_like(batch.input_ids),
+            pixel_values=batch.pixel_values.to(model.dtype),
+            max_new_tokens=48,
+            do_sample=False,
+        )
+        captions += tokenizer.batch_decode(ids[:, batch.input_ids.shape[1] :], skip_special_tokens=True)
+    return captions
+
+
+def caption_table(model: LlavaForConditionalGeneration, packer: Packer, scenes: int) -> dict[str, float]:
+    """Invented kinds as a share of named ones, how many of those were to be expected, and recall of large things."""
+    drawn = [without_partner(draw_scene(seeded(HELD_OUT, "caption", n))) for n in range(scenes)]
+    totals: dict[str, int] = {}
+    seen, large = 0, 0
+    for scene, caption in zip(drawn, write_captions(model, packer, drawn), strict=True):
+        for name, value in caption_counts(caption, scene.things).items():
+            totals[name] = totals.get(name, 0) + value
+        visible = {thing.kind for thing in scene.things if thing.size > 0.15 * scene.long_side}
+        large += len(visible)
+        seen += len(visible & {kind for _, kind in named_things(caption)})
+    return {
+        "invented": round(totals["invented"] / max(1, totals["named"]), 3),
+        "expected": round(totals["expected"] / max(1, totals["invented"]), 3),
+        "recall": round(totals["found"] / totals["there"], 3),
+        "recall_large": round(seen / max(1, large), 3),
+    }
+
+
+def format_table(title: str, table: Table) -> str:
+    """A table in Markdown: one row for each skill, one column for each size."""
+    lines = [f"| {title} | " + " | ".join(f"{share:.2f}" for share in SHARES) + " |", "|---" * (len(SHARES) + 1) + "|"]
+    for skill, sizes in sorted(table.items()):
+        lines.append(
+            f"| {skill} | " + " | ".join(f"{sizes.get(f'{share:.2f}', float('nan')):.2f}" for share in SHARES) + " |"
+        )
+    return "\n".join(lines)
