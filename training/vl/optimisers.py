@@ -17,7 +17,7 @@ Group = tuple[float, Sequence[nn.Module]]
 class Optimisers:
     """Muon and AdamW over the parameters of some modules.
 
-    Muon reads shapes three times as fast as AdamW here: the tower needs a third of the pictures for the same loss.
+    The tower needs half of the pictures with it to reach the losses that AdamW reaches in 400 steps.
     """
 
     def __init__(self, groups: Sequence[Group]) -> None:
