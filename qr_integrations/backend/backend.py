@@ -20,7 +20,7 @@ from qr_integrations.backend.continuation import try_continuations
 from qr_integrations.backend.families import ChatPieces, published_pieces, template_pieces
 from qr_integrations.backend.loading import load_model, resolve_device, resolve_dtype, resolve_name
 from qr_integrations.backend.memory import free_memory, memory_advice
-from qr_integrations.backend.prefix import Continuation, Prefix, new_cache, read_prefix
+from qr_integrations.backend.prefix import Continuation, Prefix, new_cache, read_prefix, sliding_window
 from qr_integrations.errors import ClosedError, HeadError, InputError, LoadError
 from qr_integrations.types import Span
 
@@ -349,9 +349,7 @@ class Backend:
         kernel = self.attention_layers[min(self.attention_layers)].kernel
         if self.device.type == "cpu":
             return _CPU_CHUNK
-        slides = getattr(self.config, "sliding_window", None) and "sliding_attention" in (
-            getattr(self.config, "layer_types", None) or ["sliding_attention"]
-        )
+        slides = sliding_window(self.config) is not None
         return _AUTO_CHUNK if kernel == "eager" or (kernel == "sdpa" and slides) else None
 
     def _batched(self, token_ids: Sequence[int] | Tensor) -> Tensor:

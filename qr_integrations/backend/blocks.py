@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-from qr_integrations.backend.prefix import Prefix
+from qr_integrations.backend.prefix import Prefix, sliding_window
 from qr_integrations.errors import InputError, UnsupportedModelError
 from qr_integrations.types import Span
 
@@ -57,9 +57,8 @@ def read_blocks(
 def _check(beginning: Prefix, num_tokens: int, config: Any) -> None:
     if not beginning.can_crop or beginning.cache is None:
         raise UnsupportedModelError("recurrent layers read documents one after the other: leave out layout='block'")
-    window = getattr(config, "sliding_window", None) or 0
-    slides = window and "sliding_attention" in (getattr(config, "layer_types", None) or ["sliding_attention"])
-    if slides and num_tokens > window:
+    window = sliding_window(config)
+    if window is not None and num_tokens > window:
         raise UnsupportedModelError(
             f"sliding layers see {window:,} tokens back, the documents have {num_tokens:,}: leave out layout='block'"
         )

@@ -83,7 +83,7 @@ class _States:
 
 
 def _blocks_and_norm(decoder: nn.Module) -> tuple[nn.ModuleList, nn.Module]:
-    """The list of blocks, and the norm that follows it, by place and not by name."""
+    """The one list of blocks that a decoder has, and its last norm."""
     lists = [module for module in decoder.children() if isinstance(module, nn.ModuleList)]
     norms = [module for name, module in decoder.named_children() if "norm" in name or name == "ln_f"]
     if len(lists) != 1 or not norms:

@@ -192,6 +192,13 @@ def read_prefix(path: str | Path, config: PreTrainedConfig, device: torch.device
     return Prefix(tuple(json.loads(metadata["token_ids"])), top_layer, cache)
 
 
+def sliding_window(config: PreTrainedConfig) -> int | None:
+    """How many tokens back the model's sliding layers see; None where no layer slides."""
+    window = getattr(config, "sliding_window", None)
+    slides = "sliding_attention" in (getattr(config, "layer_types", None) or ["sliding_attention"])
+    return window if window and slides else None
+
+
 def new_cache(config: PreTrainedConfig, top_layer: int, continuation: Continuation) -> DynamicCache | None:
     """An empty cache for layers 0..top_layer: full layers for sliding ones, at the top what `continuation` asks for."""
     if continuation == "tokens":

@@ -153,7 +153,10 @@ def quality(runs: Sequence[Run], lists: Sequence[JudgedList], metrics: Sequence[
         MissingExtra: ir-measures is not installed.
     """
     check_metrics(metrics)
-    judgments = [judged for i, one in enumerate(lists) for judged in _qrels(str(i), one)]
+    library = _ir_measures()
+    measures = {metric: _measure(metric) for metric in metrics}
+    judgments = [library.Qrel(*judged) for i, one in enumerate(lists) for judged in _qrels(str(i), one)]
+    judge = library.evaluator(set(measures.values()), judgments)  # knows the judgments, whatever the run
     by_kind: dict[tuple[str, int | None], list[Run]] = {}
     for run in runs:
         by_kind.setdefault((run.system, run.seed), []).append(run)
@@ -161,7 +164,7 @@ def quality(runs: Sequence[Run], lists: Sequence[JudgedList], metrics: Sequence[
     seeds = len({run.seed for run in runs} - {None})
     for (system, seed), some in by_kind.items():
         found = sums.setdefault(RETRIEVED if seed is None else SHUFFLED, {}).setdefault(system, {})
-        for metric, values in _measured(some, judgments, metrics).items():
+        for metric, values in _measured(some, judge, measures).items():
             found[metric] = found.get(metric, 0.0) + values / (1 if seed is None else seeds)
     return sums
 
@@ -193,21 +196,17 @@ def check_metrics(metrics: Sequence[str]) -> None:
             ) from error
 
 
-def _measured(
-    runs: Sequence[Run], judgments: Sequence[tuple[str, str, int]], metrics: Sequence[str]
-) -> dict[str, Float[np.ndarray, "lists"]]:
+def _measured(runs: Sequence[Run], judge: Any, measures: Mapping[str, Any]) -> dict[str, Float[np.ndarray, "lists"]]:
     """One value per metric and list."""
-    library = _ir_measures()
-    measures = {metric: _measure(metric) for metric in metrics}
+    scored = _ir_measures().ScoredDoc
     ranked = [
-        library.ScoredDoc(str(run.number), str(document), -float(rank))
+        scored(str(run.number), str(document), -float(rank))
         for run in runs
         for rank, document in enumerate(run.ranking)
     ]
-    qrels = [library.Qrel(*judged) for judged in judgments]
-    values = {metric: np.zeros(len(runs)) for metric in metrics}
+    values = {metric: np.zeros(len(runs)) for metric in measures}
     place = {str(run.number): i for i, run in enumerate(runs)}
-    for found in library.iter_calc(set(measures.values()), qrels, ranked):
+    for found in judge.iter_calc(ranked):
         for metric, measure in measures.items():
             if measure == found.measure:
                 whole = metric.startswith(_ALL)

@@ -75,7 +75,7 @@ class PromptLayout:
         offsets: ``[T, 2]`` characters of each token in `text`; None for tokenizers that cannot tell.
         texts: character span of each document's text in `text`.
         tail: the character of `text` where what follows the documents starts.
-        blocks: for documents that do not see each other, the tokens of each with the white space in front.
+        blocks: for documents that do not see each other, the tokens of each with the white space behind it.
     """
 
     token_ids: tuple[int, ...]

@@ -93,16 +93,15 @@ def average_orders(
     the first order. The documents of the layout stand in the caller's order.
     """
     first, places = layouts[0], [{document: place for place, document in enumerate(order)} for order in orders]
-    total_KT = scores[0].clone()
     mean_KT = scores[0].clone()
     for document, place in places[0].items():
         own = first.documents[place]
         for layout, scores_KT, where in zip(layouts[1:], scores[1:], places[1:], strict=True):
             other = layout.documents[where[document]]
             same = min(len(own), len(other))
-            total_KT[:, own.stop - same : own.stop] += scores_KT[:, other.stop - same : other.stop]
-            total_KT[:, own.start : own.stop - same] += scores[0][:, own.start : own.stop - same]
-        mean_KT[:, own.slice()] = total_KT[:, own.slice()] / len(orders)
+            mean_KT[:, own.stop - same : own.stop] += scores_KT[:, other.stop - same : other.stop]
+            mean_KT[:, own.start : own.stop - same] += scores[0][:, own.start : own.stop - same]
+        mean_KT[:, own.slice()] /= len(orders)
     by_document = [places[0][document] for document in range(len(orders[0]))]
     in_order = replace(
         first,
