@@ -5,7 +5,9 @@ Spans are half-open. Ranks and indices are zero-based.
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
+
+from PIL import Image
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -138,3 +140,117 @@ class Ranking(Sequence[ScoredDocument]):
     def top(self, k: int | None) -> "Ranking":
         """The first `k` documents; None keeps all."""
         return self if k is None else Ranking(self.query, self.items[:k])
+
+
+@dataclass(frozen=True, slots=True)
+class Box:
+    """A rectangle of a picture in whole pixels, half-open like Pillow's: right and bottom lie just outside."""
+
+    left: int
+    top: int
+    right: int
+    bottom: int
+
+    def __post_init__(self) -> None:
+        if not (self.left < self.right and self.top < self.bottom):
+            raise ValueError(f"a box needs left < right and top < bottom, got {self.as_tuple()}")
+
+    @property
+    def width(self) -> int:
+        """In pixels."""
+        return self.right - self.left
+
+    @property
+    def height(self) -> int:
+        """In pixels."""
+        return self.bottom - self.top
+
+    def as_tuple(self) -> tuple[int, int, int, int]:
+        """``(left, top, right, bottom)``, as Pillow's ``crop`` takes it."""
+        return self.left, self.top, self.right, self.bottom
+
+
+@dataclass(frozen=True, slots=True)
+class Grid:
+    """How many rows and columns of cells a picture is told in."""
+
+    rows: int
+    columns: int
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One turn of a conversation.
+
+    Attributes:
+        role: ``"system"``, ``"user"`` or ``"assistant"``.
+        content: texts and pictures in the order in which the model reads them.
+    """
+
+    role: str
+    content: tuple[str | Image.Image, ...]
+
+    @classmethod
+    def user(cls, *content: str | Image.Image) -> "Message":
+        """What the user says and shows."""
+        return cls("user", content)
+
+    @classmethod
+    def assistant(cls, text: str) -> "Message":
+        """What the model said."""
+        return cls("assistant", (text,))
+
+    @classmethod
+    def system(cls, text: str) -> "Message":
+        """What the model is told first."""
+        return cls("system", (text,))
+
+    @property
+    def text(self) -> str:
+        """The texts, a line each."""
+        return "\n".join(part for part in self.content if isinstance(part, str))
+
+    @property
+    def pictures(self) -> tuple[Image.Image, ...]:
+        """The pictures, in order."""
+        return tuple(part for part in self.content if not isinstance(part, str))
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """Tokens read and tokens written; a picture counts as many tokens as the model reads of it."""
+
+    prompt_tokens: int
+    completion_tokens: int
+
+    @property
+    def total_tokens(self) -> int:
+        """Both."""
+        return self.prompt_tokens + self.completion_tokens
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What a model answered, and how.
+
+    Attributes:
+        text: the answer, without what the tokenizer adds and without the stop sequence that ended it.
+        finish_reason: ``"stop"``: the model or a stop sequence ended it; ``"length"``: it was cut.
+        usage: tokens of the prompt that was answered, crops included, and of the answer.
+        steps: what each step did, by its argument in `Backend.answer`.
+        seconds: what took how long: each step, ``"prefill"``, ``"generate"``.
+    """
+
+    text: str
+    finish_reason: Literal["stop", "length"]
+    usage: Usage
+    steps: Mapping[str, Any] = field(default_factory=dict)
+    seconds: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class AnswerPiece:
+    """A piece of a streamed answer: its new text, and at the end the whole."""
+
+    delta: str
+    answer: Answer | None = None

@@ -122,6 +122,39 @@ class _Pass:
         )
 
 
+class _WeighedPass(_Pass):
+    """Reads the last position's rows, and adds to what each head brings home there a zero whose gradient is wanted."""
+
+    def __init__(self, tap: AttentionTap, past: int) -> None:
+        super().__init__(tap, None, past)
+        self.zeros: dict[int, Tensor] = {}
+        self.values: dict[int, Tensor] = {}
+
+    def attend(self, module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, kwargs: dict[str, Any]) -> Any:
+        output, weights = super().attend(module, query, key, value, mask, kwargs)
+        layer = module.layer_idx
+        if layer not in self.wanted:
+            return output, weights
+        zero = torch.zeros_like(output[:, -1:]).requires_grad_()
+        self.zeros[layer], self.values[layer] = zero, value.detach().float()
+        return torch.cat([output[:, :-1], output[:, -1:] + zero], dim=1), weights
+
+    def gradients(self, of: Tensor) -> Tensor:
+        """The derivative of a number with respect to each weight of `result`: ``[B, K, T]``, fp32.
+
+        A head brings home the sum of its weights times the values, so the derivative with respect to the weight of a
+        key is the product of its value and the gradient of what is brought home.
+        """
+        assert self.tap is not None
+        brought = dict(zip(self.zeros, torch.autograd.grad(of, list(self.zeros.values())), strict=True))
+        parts = []
+        for layer, head in self.tap.heads:
+            gradient, values = brought[layer].float(), self.values[layer]
+            group = head * values.shape[1] // gradient.shape[2]
+            parts.append((values[:, group] @ gradient[:, 0, head, :, None])[..., 0])
+        return torch.stack(parts, dim=1)
+
+
 def _tapped_attention(
     module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any
 ) -> tuple[Tensor, Tensor | None]:
@@ -201,6 +234,19 @@ def run_tapped(
     with _installed(modules, state), suppress(StopForward):
         run()
     return None if tap is None else state.result()
+
+
+def run_weighed(
+    run: Callable[[], Tensor], modules: Sequence[nn.Module], *, tap: AttentionTap, past: int
+) -> tuple[Tensor, Tensor]:
+    """The last position's rows, and the derivative of the number that `run` returns with respect to each weight.
+
+    Parameters are left alone: what is differentiated is what the heads bring home at the last position.
+    """
+    state = _WeighedPass(tap, past)
+    with torch.enable_grad(), _installed(modules, state):
+        number = run()
+        return state.result(), state.gradients(number)
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,17 +8,26 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from qr_integrations.backend.backend import Backend
 from qr_integrations.errors import InputError, UnsupportedModelError
 
 Transform = Callable[[Float[Tensor, "B N V"], Float[Tensor, "J B N V"]], Float[Tensor, "B N V"]]
+Needed = Callable[[Float[Tensor, "B N V"]], Bool[Tensor, "B N"]]
 
 
 @contextmanager
-def early_logits(backend: Backend, layers: Sequence[int], transform: Transform) -> Iterator[None]:
+def early_logits(
+    backend: Backend,
+    layers: Sequence[int],
+    transform: Transform,
+    *,
+    needed: Needed | None = None,
+    normed: bool = True,
+    first: int = 1,
+) -> Iterator[None]:
     """Within the block, `transform` rewrites the logits of every pass of the model; other threads wait.
 
     It is given the model's logits and those that the head makes of earlier layers' states, after the final norm, all
@@ -30,23 +39,30 @@ def early_logits(backend: Backend, layers: Sequence[int], transform: Transform) 
         layers: as transformers numbers hidden states: layer i is the output of the i-th block, counted from 1. Not the
             last one, whose logits are the model's own.
         transform: final and early logits in, logits out. Called once per pass, for the positions asked for.
+        needed: told the model's logits, says where earlier layers must be read. They are read in a second product then,
+            and only if some position of the pass needs them; else `transform` gets those of no layer, J = 0. The
+            model's own logits are, to the last bit, what they are without this block. A family that does something
+            behind its head pays for both products in every pass. None reads all layers always, in one product.
+        normed: apply the final norm to earlier states, as the last state has it.
+        first: the lowest layer that may be asked for; 0 are the embeddings.
 
     Raises:
-        InputError: layers that the model does not have between its first and its last.
+        InputError: layers that the model does not have between `first` and its last.
         UnsupportedModelError: blocks, final norm or head cannot be found.
     """
     blocks, norm = _blocks_and_norm(backend.decoder)
-    if not layers or len(set(layers)) < len(layers) or min(layers) < 1 or max(layers) >= len(blocks):
+    if not layers or len(set(layers)) < len(layers) or min(layers) < first or max(layers) >= len(blocks):
         raise InputError(
             f"{list(layers)} are no layers to look at: {backend.name!r} has {len(blocks)} blocks, pass distinct "
-            f"numbers from 1 to {len(blocks) - 1}"
+            f"numbers from {first} to {len(blocks) - 1}"
         )
     with backend.locked():
-        states = _States(norm, len(layers))
         head, owner = _head_and_owner(backend)
-        hooks = [blocks[layer - 1].register_forward_hook(states.keep) for layer in layers]
-        hooks.append(head.register_forward_pre_hook(states.widen))
-        hooks.append(owner.register_forward_hook(lambda module, args, out: states.split(out, transform)))
+        reading = _Reading(head, norm if normed else nn.Identity(), layers, transform, needed)
+        hooks = [_watch(blocks, layer, reading) for layer in layers]
+        hooks.append(head.register_forward_pre_hook(reading.before_head))
+        hooks.append(head.register_forward_hook(reading.after_head))
+        hooks.append(owner.register_forward_hook(reading.after_model))
         try:
             yield
         finally:
@@ -54,32 +70,97 @@ def early_logits(backend: Backend, layers: Sequence[int], transform: Transform) 
                 hook.remove()
 
 
-class _States:
-    """The states of one pass, from the blocks to the head."""
+def _watch(blocks: nn.ModuleList, layer: int, reading: "_Reading") -> Any:
+    """Have a layer's states kept, by reference, in every pass."""
+    if layer == 0:
+        return blocks[0].register_forward_pre_hook(
+            lambda module, args, kwargs: reading.keep(0, args[0] if args else kwargs["hidden_states"]),
+            with_kwargs=True,
+        )
+    return blocks[layer - 1].register_forward_hook(
+        lambda module, args, output: reading.keep(layer, output[0] if isinstance(output, tuple) else output)
+    )
 
-    def __init__(self, norm: nn.Module, count: int) -> None:
-        self._norm, self._count = norm, count
-        self._kept: list[Tensor] = []
 
-    def keep(self, module: nn.Module, args: Any, output: Any) -> None:
-        """A block is done: hold on to its output, without a copy."""
-        if len(self._kept) == self._count:
-            self._kept.clear()  # a pass that never came to the head
-        self._kept.append(output[0] if isinstance(output, tuple) else output)
+class _Reading:
+    """The states of one pass, from the blocks to the head, and what the head makes of them."""
 
-    def widen(self, module: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
-        """The head reads the earlier states too, behind its own."""
-        (final_BND,) = args
-        positions = final_BND.shape[1]
-        early = [self._norm(state[:, -positions:]).to(final_BND) for state in self._kept]
-        self._kept.clear()
-        return (torch.cat([final_BND, *early], dim=1),)
+    def __init__(
+        self, head: nn.Module, norm: nn.Module, layers: Sequence[int], transform: Transform, needed: Needed | None
+    ) -> None:
+        self._head, self._norm, self._layers = head, norm, layers
+        self._transform, self._needed = transform, needed
+        self._states: dict[int, Tensor] = {}
+        self._early = torch.empty(0)  # [B, J N, D]: states that the head has not read yet
+        self._own = torch.empty(0)  # what the head made of the last layer, while that is to be compared
+        self._head_is_last: bool | None = None  # the model's logits are the head's, found out in the first pass
+        self._asking = False
 
-    def split(self, output: Any, transform: Transform) -> Any:
+    def keep(self, layer: int, state: Tensor) -> None:
+        """A layer is done."""
+        self._states[layer] = state
+
+    def before_head(self, module: nn.Module, args: tuple[Tensor]) -> tuple[Tensor] | None:
+        """The head is about to read the last state: behind it the earlier ones, if one product is to serve all."""
+        (states,) = args
+        if not self._asking:
+            positions = states.shape[1]
+            early = [self._norm(self._states[layer][:, -positions:]).to(states) for layer in self._layers]
+            self._states.clear()
+            if self._needed is not None:
+                self._early = torch.cat(early, dim=1)
+                return None
+            states = torch.cat([states, *early], dim=1)
+        return (states.to_mkldnn() if _is_faster_in_onednn(module, states) else states,)
+
+    def after_head(self, module: nn.Module, args: Any, logits: Tensor) -> Tensor:
+        """The head is done: what comes behind it in the model shall see all logits, unless there is nothing."""
+        logits = logits.to_dense() if logits.is_mkldnn else logits
+        if self._asking or self._needed is None or self._head_is_last:
+            return logits
+        self._own = logits
+        return torch.cat([logits, self._ask()], dim=1)
+
+    def after_model(self, module: nn.Module, args: Any, output: Any) -> Any:
         """The model is done: its logits and the others part."""
-        parts = output.logits.unflatten(1, (1 + self._count, -1)).float()
-        output.logits = transform(parts[:, 0], parts[:, 1:].movedim(1, 0)).to(output.logits.dtype)
+        if self._needed is not None and self._head_is_last:
+            final = output.logits.float()
+            needed = bool(self._needed(final).any())
+            early = self._ask().float() if needed else final[:, :0]
+        else:
+            positions = output.logits.shape[1] // (1 + len(self._layers))
+            own, rest = output.logits[:, :positions], output.logits[:, positions:]
+            final, early = own.float(), rest.float()
+            if self._needed is not None and self._head_is_last is None:
+                self._head_is_last = torch.equal(own.to(self._own), self._own)
+        self._early = self._own = torch.empty(0)
+        by_layer = early.unflatten(1, (-1, final.shape[1])).movedim(1, 0)
+        output.logits = self._transform(final, by_layer)
         return output
+
+    def _ask(self) -> Tensor:
+        """The head reads the earlier states by themselves."""
+        self._asking = True
+        try:
+            logits: Tensor = self._head(self._early)
+        finally:
+            self._asking = False
+        return logits
+
+
+def _is_faster_in_onednn(head: nn.Module, states: Tensor) -> bool:
+    """Ten fp32 rows cost torch's usual product three times as much as one; oneDNN's, half as much again.
+
+    Tensors in oneDNN's layout are what leads there; the weights stay as they are. Half precision goes there by itself.
+    """
+    return (
+        type(head) is nn.Linear
+        and head.weight.dtype == states.dtype == torch.float32
+        and head.weight.device.type == states.device.type == "cpu"
+        and torch.backends.mkldnn.is_available()
+        and bool(torch.backends.mkldnn.enabled)
+        and not torch.is_grad_enabled()
+    )
 
 
 def _blocks_and_norm(decoder: nn.Module) -> tuple[nn.ModuleList, nn.Module]:

@@ -12,10 +12,12 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
+    AutoProcessor,
     AutoTokenizer,
     BitsAndBytesConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    ProcessorMixin,
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 from transformers.utils import logging as transformers_logging
@@ -129,6 +131,27 @@ def load_model(
     if not placement:
         model = model.to(device)
     return model.eval(), tokenizer
+
+
+def load_processor(name: str, hub_kwargs: dict[str, Any]) -> ProcessorMixin:
+    """The processor that lies beside a vision-language model.
+
+    Raises:
+        LoadError: there is none, or it needs a library that is not installed.
+    """
+    try:
+        processor = AutoProcessor.from_pretrained(name, **hub_kwargs)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        text = " ".join(f"{error}".split())[:300]
+        raise LoadError(
+            f"the processor of {name!r} cannot be loaded ({text}): it needs processor_config.json or "
+            "preprocessor_config.json beside the weights, and for some families pip install torchvision"
+        ) from error
+    if not isinstance(processor, ProcessorMixin):
+        raise LoadError(
+            f"{name!r} has no processor for pictures: load a vision-language model with its processor files"
+        )
+    return processor
 
 
 @contextmanager

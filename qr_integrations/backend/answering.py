@@ -1,0 +1,252 @@
+"""Answers to conversations: what is done to the pictures first, then the generation, corrected or not, piece by piece.
+
+The rooms meet here as arguments: what looks again at pictures is a `Cropper`, what corrects logits a `Corrector`.
+"""
+
+import contextvars
+import copy
+import math
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, fields
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from transformers import GenerationConfig, StoppingCriteriaList
+
+from qr_integrations.backend.listening import Listener
+from qr_integrations.backend.memory import memory_advice
+from qr_integrations.backend.picture_reading import ReadPictures, continued_inputs
+from qr_integrations.backend.prompts import Prompt, as_messages, lay_out
+from qr_integrations.backend.reader import Reader
+from qr_integrations.errors import InputError
+from qr_integrations.types import Answer, AnswerPiece, Message, Usage
+
+
+@dataclass(frozen=True, slots=True)
+class Cropped:
+    """A conversation with further pictures in it.
+
+    Attributes:
+        messages: what is answered.
+        record: what was done, for `Answer.steps`.
+        read: the beginning of the conversation as it was read on the way, for the answer to stand on; None if nothing
+            can be shared.
+    """
+
+    messages: tuple[Message, ...]
+    record: Any
+    read: ReadPictures | None = None
+
+
+@runtime_checkable
+class Cropper(Protocol):
+    """What looks at a conversation's pictures before it is answered, and may add some."""
+
+    def crop(self, backend: Any, messages: tuple[Message, ...]) -> Cropped:
+        """Look, and say what to answer."""
+        ...
+
+
+@runtime_checkable
+class Corrector(Protocol):
+    """What changes logits while the model generates."""
+
+    def on(self, backend: Any) -> AbstractContextManager[Any]:
+        """Within the block, the backend's model is corrected; gives a record that grows meanwhile."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Generation:
+    """How an answer is generated, in the terms of ``generate``.
+
+    Raises:
+        InputError: a setting out of range.
+    """
+
+    max_new_tokens: int = 256
+    temperature: float = 0.0
+    top_p: float | None = None
+    top_k: int | None = None
+    num_beams: int = 1
+    repetition_penalty: float = 1.0
+    stop: tuple[str, ...] = ()
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        counted = self.max_new_tokens >= 1 and self.num_beams >= 1
+        if not (counted and 0 <= self.temperature < math.inf and 0 < self.repetition_penalty < math.inf):  # nor NaN
+            raise InputError(
+                f"max_new_tokens={self.max_new_tokens}, temperature={self.temperature}, num_beams={self.num_beams}, "
+                f"repetition_penalty={self.repetition_penalty} cannot be: pass at least 1, 0, 1 and more than 0"
+            )
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise InputError(f"top_p={self.top_p} is no share: pass more than 0 and at most 1")
+        if self.top_k is not None and self.top_k < 1:
+            raise InputError(f"top_k={self.top_k} leaves no token: pass at least 1")
+        if not all(self.stop):
+            raise InputError("an empty stop sequence ends every answer: leave it out")
+
+    def config(self, backend: Reader, room: int | None) -> GenerationConfig:
+        """For ``generate``: nothing of the checkpoint's own sampling settings, its special tokens kept."""
+        config = copy.deepcopy(backend.model.generation_config or GenerationConfig())
+        sampled = self.temperature > 0
+        config.update(
+            max_new_tokens=self.max_new_tokens if room is None else max(1, min(self.max_new_tokens, room)),
+            do_sample=sampled,
+            temperature=float(self.temperature) if sampled else 1.0,  # `generate` refuses whole numbers
+            top_p=1.0 if self.top_p is None or not sampled else self.top_p,
+            top_k=(self.top_k or 0) if sampled else 50,
+            num_beams=self.num_beams,
+            repetition_penalty=float(self.repetition_penalty),
+            **_ONE_SEQUENCE,
+            **(_ALL_TOKENS if sampled else {}),
+        )
+        config.eos_token_id = backend.tokenizer.eos_token_id if config.eos_token_id is None else config.eos_token_id
+        if config.pad_token_id is None:
+            config.pad_token_id = backend.tokenizer.pad_token_id
+        if config.pad_token_id is None and _end_tokens(config):
+            config.pad_token_id = _end_tokens(config)[0]
+        return config
+
+
+_ONE_SEQUENCE = {"num_return_sequences": 1, "return_dict_in_generate": False}
+_ALL_TOKENS = {"min_p": 0.0, "typical_p": 1.0, "epsilon_cutoff": 0.0, "eta_cutoff": 0.0}
+"""What a checkpoint's own settings would cut off stays; None would be filled in with those settings."""
+
+
+def as_generation(settings: Mapping[str, Any]) -> Generation:
+    """Settings by name.
+
+    Raises:
+        InputError: a name that there is not.
+    """
+    known = [one.name for one in fields(Generation)]
+    if unknown := [name for name in settings if name not in known]:
+        raise InputError(f"unknown setting {unknown[0]!r}: pass {', '.join(known)}")
+    stop = settings.get("stop") or ()
+    return Generation(**{**settings, "stop": (stop,) if isinstance(stop, str) else tuple(stop)})
+
+
+def answer(
+    backend: Reader,
+    messages: str | Sequence[Message],
+    crop: Cropper | None,
+    deco: Corrector | None,
+    generation: Generation,
+    emit: Callable[[str], None] | None = None,
+    gone: Callable[[], bool] = lambda: False,
+) -> Answer:
+    """See `Backend.answer`; `emit` takes each piece of text as it comes, `gone` says that nobody waits any more."""
+    steps: dict[str, Any] = {}
+    seconds: dict[str, float] = {}
+    conversation, read = as_messages(messages), None
+    with backend.locked():
+        if crop is not None and any(message.pictures for message in conversation):
+            started = time.perf_counter()
+            cropped = crop.crop(backend, conversation)
+            conversation, steps["crop"], read = cropped.messages, cropped.record, cropped.read
+            seconds["crop"] = time.perf_counter() - started
+        prompt = lay_out(backend, conversation)
+        listener = Listener(backend.tokenizer, len(prompt), generation.stop, emit, gone)
+        started = time.perf_counter()
+        config = generation.config(backend, backend.max_tokens and backend.max_tokens - len(prompt))
+        with torch.no_grad(), memory_advice(len(prompt), backend.name):  # before what corrects every pass of the model
+            inputs = continued_inputs(backend, prompt, read if config.num_beams == 1 else None)
+        with deco.on(backend) if deco is not None else nullcontext() as record:
+            token_ids = _generate(backend, prompt, inputs, config, generation.seed, listener)
+        seconds["generate"] = time.perf_counter() - started
+        if listener.first_token_at is not None:
+            seconds["first_token"] = listener.first_token_at - started
+    if deco is not None:
+        steps["deco"] = record
+    text, stopped = listener.read(token_ids)
+    listener.finish(text)
+    ended = stopped or (len(token_ids) > 0 and int(token_ids[-1]) in _end_tokens(config))
+    usage = Usage(len(prompt), len(token_ids))
+    return Answer(text, "stop" if ended else "length", usage, steps, seconds)
+
+
+def _generate(
+    backend: Reader,
+    prompt: Prompt,
+    inputs: Mapping[str, Any],
+    config: GenerationConfig,
+    seed: int | None,
+    listener: Listener,
+) -> torch.Tensor:
+    """The new tokens, without the padding behind them."""
+    with torch.no_grad(), memory_advice(len(prompt), backend.name), _seeded(seed, backend.device):
+        ids: Any = _generator(backend, prompt).generate(
+            **inputs, generation_config=config, stopping_criteria=StoppingCriteriaList([listener])
+        )
+    new = ids[0, len(prompt) :] if _echoes(ids, prompt) else ids[0]
+    ends = torch.isin(new, torch.tensor(_end_tokens(config), dtype=new.dtype, device=new.device)).nonzero()
+    return new[: int(ends[0]) + 1] if len(ends) else new
+
+
+def _generator(backend: Reader, prompt: Prompt) -> Any:
+    """The model; its language model where there are no pictures and it generates from pictures only (InstructBLIP)."""
+    model: Any = backend.model
+    alone = model.main_input_name == "pixel_values" and not prompt.pictures
+    return getattr(model, "language_model", model) if alone else model
+
+
+def _end_tokens(config: GenerationConfig) -> list[int]:
+    given = config.eos_token_id
+    return list(given) if isinstance(given, list | tuple) else [given] if given is not None else []
+
+
+def _echoes(ids: torch.Tensor, prompt: Prompt) -> bool:
+    """Whether what `generate` gave begins with the prompt; from embeddings alone it gives the new tokens only."""
+    return tuple(ids[0, : len(prompt)].tolist()) == prompt.token_ids
+
+
+@contextmanager
+def _seeded(seed: int | None, device: torch.device) -> Iterator[None]:
+    """Random numbers from a seed, and the caller's own afterwards."""
+    if seed is None:
+        yield
+        return
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        yield
+
+
+def stream(
+    backend: Reader,
+    messages: str | Sequence[Message],
+    crop: Cropper | None,
+    deco: Corrector | None,
+    generation: Generation,
+) -> Iterator[AnswerPiece]:
+    """See `Backend.stream`: the generation runs in a thread of its own and ends when the caller stops listening."""
+    pieces: queue.SimpleQueue[AnswerPiece | BaseException] = queue.SimpleQueue()
+    closed = threading.Event()
+
+    def work() -> None:
+        try:
+            whole = answer(
+                backend, messages, crop, deco, generation, lambda delta: pieces.put(AnswerPiece(delta)), closed.is_set
+            )
+            pieces.put(AnswerPiece("", whole))
+        except BaseException as error:  # goes to the caller, who waits for it
+            pieces.put(error)
+
+    thread = threading.Thread(target=contextvars.copy_context().run, args=(work,), daemon=True)
+    thread.start()
+    try:
+        while True:
+            piece = pieces.get()
+            if isinstance(piece, BaseException):
+                raise piece
+            yield piece
+            if piece.answer is not None:
+                return
+    finally:
+        closed.set()
+        thread.join()

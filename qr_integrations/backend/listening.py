@@ -1,0 +1,72 @@
+"""Listens to a generation while it runs: pieces of text, stop sequences, and a listener who has gone."""
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase, StoppingCriteria
+
+_UNFINISHED = "\ufffd"  # what a tokenizer writes for the first bytes of a character
+
+
+class Listener(StoppingCriteria):
+    """Is called after each token; ends the generation at a stop sequence, or when `gone` says that nobody listens.
+
+    Args:
+        tokenizer: the model's.
+        start: where the answer begins, in tokens.
+        stop: texts that end the answer and do not belong to it.
+        emit: takes each new piece of the text; what may be the beginning of a stop sequence waits.
+        gone: whether to give up.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        start: int,
+        stop: Sequence[str],
+        emit: Callable[[str], None] | None = None,
+        gone: Callable[[], bool] = lambda: False,
+    ) -> None:
+        self._tokenizer, self._start, self._stop, self._emit, self._gone = tokenizer, start, tuple(stop), emit, gone
+        self._sent = ""
+        self.first_token_at: float | None = None
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        """Whether each row is over, ``[B]``; only a single row is sent piece by piece."""
+        self.first_token_at = self.first_token_at or time.perf_counter()
+        over = torch.full((len(input_ids),), self._gone(), dtype=torch.bool)
+        if self._emit is not None or self._stop:
+            for row, tokens in enumerate(input_ids[:, self._start :]):
+                text, stopped = self.read(tokens)
+                over[row] |= stopped
+                if len(input_ids) == 1:
+                    self._send(text if stopped else text[: len(text) - self._held(text)])
+        return over.to(input_ids.device)
+
+    def read(self, token_ids: Tensor) -> tuple[str, bool]:
+        """The answer so far without its stop sequence, and whether it met one."""
+        text: str = self._tokenizer.decode(token_ids, skip_special_tokens=True).lstrip()
+        ends = [place for stop in self._stop if (place := text.find(stop)) >= 0]
+        return (text[: min(ends)], True) if ends else (text, False)
+
+    def finish(self, text: str) -> None:
+        """Send what was held back."""
+        self._send(text)
+
+    def _send(self, text: str) -> None:
+        if self._emit is not None and len(text) > len(self._sent) and text.startswith(self._sent):
+            self._emit(text[len(self._sent) :])
+            self._sent = text
+
+    def _held(self, text: str) -> int:
+        """Characters at the end that are not sent yet."""
+        sure = text.rstrip(_UNFINISHED)
+        unfinished = len(text) - len(sure)
+        longest = max((len(stop) - 1 for stop in self._stop), default=0)
+        for length in range(min(longest, len(sure)), 0, -1):
+            if any(stop.startswith(sure[-length:]) for stop in self._stop):
+                return length + unfinished
+        return unfinished

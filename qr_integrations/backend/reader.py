@@ -1,0 +1,188 @@
+"""Passes through a model's decoder: read attention, keep prefixes.
+
+Legend: B batch, K heads, Q rows, S tokens of this pass, T all tokens.
+"""
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from safetensors import SafetensorError
+from torch import Tensor
+from transformers import DynamicCache
+
+from qr_integrations.backend.attention_tap import AttentionTap, run_tapped
+from qr_integrations.backend.blocks import read_blocks
+from qr_integrations.backend.continuation import try_continuations
+from qr_integrations.backend.memory import memory_advice
+from qr_integrations.backend.opened import OpenedModel
+from qr_integrations.backend.prefix import Continuation, Prefix, new_cache, read_prefix, sliding_window
+from qr_integrations.errors import InputError, LoadError
+from qr_integrations.types import Span
+
+_log = logging.getLogger(__name__)
+_CPU_CHUNK = 1024  # a mask costs a CPU kernel little, and activations of 1,024 tokens make room for the kept keys
+_AUTO_CHUNK = 2048  # tokens at a time where a kernel needs a mask of chunk x T or softmaxes in plain torch
+
+
+class Reader(OpenedModel):
+    """What reads: every pass holds the lock, stops where nothing more is wanted, and leaves the model as it was."""
+
+    def forward(
+        self,
+        token_ids: Sequence[int] | Tensor,
+        *,
+        tap: AttentionTap,
+        prefix: Prefix | None = None,
+        attention_mask: Tensor | None = None,
+    ) -> Float[Tensor, "B K *Q T"]:
+        """Run the layers up to the tap's deepest one and return the attention rows.
+
+        Args:
+            token_ids: the tokens after `prefix`, ``[S]`` or ``[B, S]``.
+            tap: which heads and rows. Rows count from the start of the sequence, prefix included.
+            prefix: what was read before; it stays as it is. Must reach as deep as the tap.
+            attention_mask: ``[B, S]``, 0 for left padding; only without a prefix.
+
+        Returns:
+            fp32, over all T = len(prefix) + S keys.
+        """
+        self.check_heads(tap.heads)
+        ids = self._batched(token_ids)
+        past = len(prefix) if prefix else 0
+        if tap.rows.start < past or tap.rows.stop > past + ids.shape[1]:
+            raise InputError(f"rows {tap.rows} are not within this pass, tokens {past} to {past + ids.shape[1]}")
+        if prefix is not None and (prefix.top_layer < tap.top_layer or attention_mask is not None):
+            raise InputError(
+                f"the prefix holds layers 0..{prefix.top_layer}, the tap reads layer {tap.top_layer}: prefill with "
+                "top_layer=tap.top_layer, and without attention_mask"
+            )
+        if prefix is not None and len(ids) > 1 and not prefix.can_crop:
+            raise InputError("recurrent layers and blocks go on with one text at a time: pass one row of token_ids")
+        if prefix is not None and prefix.cache is None:
+            again = torch.tensor(prefix.token_ids, device=ids.device).expand(ids.shape[0], past)
+            ids, past = torch.cat([again, ids], dim=1), 0
+        cache, skipped = (prefix.branch(), past - prefix.num_positions) if prefix and past else (None, 0)
+        with torch.set_grad_enabled(tap.differentiable and torch.is_grad_enabled()):
+            rows = self._run(ids, cache, past, attention_mask, tap=tap, stop_after=tap.top_layer, skipped=skipped)
+        assert rows is not None
+        return rows
+
+    @torch.no_grad()
+    def prefill(
+        self,
+        token_ids: Sequence[int],
+        *,
+        top_layer: int,
+        reuse: Prefix | None = None,
+        chunk_tokens: int | Literal["auto"] | None = "auto",
+    ) -> Prefix:
+        """Read a text once, layers 0..top_layer, for many passes to stand on. The top layer computes its keys only.
+
+        Args:
+            token_ids: the text, ``[T]``.
+            top_layer: the deepest layer that will be tapped.
+            reuse: an earlier prefix; its common beginning is not computed again.
+            chunk_tokens: tokens per pass; ``"auto"`` is 1024 on a CPU, and elsewhere all at once where the kernel then
+                needs no mask, else 2048; None reads all at once.
+        """
+        self.check_heads([(top_layer, 0)])
+        token_ids = tuple(token_ids)
+        reuse = reuse.beginning_of(token_ids) if reuse is not None and reuse.top_layer == top_layer else None
+        if reuse is not None and len(reuse) == len(token_ids):
+            return reuse
+        cache = reuse.growing() if reuse else new_cache(self.config, top_layer, self._continuation(top_layer))
+        if cache is None:
+            return Prefix(token_ids, top_layer, None)
+        done = len(reuse) if reuse else 0
+        step = (self._auto_chunk() if chunk_tokens == "auto" else chunk_tokens) or max(1, len(token_ids))
+        for start in range(done, len(token_ids), step):
+            ids = self._batched(token_ids[start : start + step])
+            self._run(ids, cache, start, None, tap=None, stop_after=top_layer)
+        return Prefix(token_ids, top_layer, cache)
+
+    @torch.no_grad()
+    def prefill_blocks(self, token_ids: Sequence[int], blocks: Sequence[Span], *, top_layer: int) -> Prefix:
+        """Read a beginning and, behind it, blocks that do not see each other; all start at the same position.
+
+        What is read afterwards sees the beginning and all blocks, whose order makes no difference to it.
+
+        Args:
+            token_ids: beginning and blocks, ``[T]``.
+            blocks: one after the other, from the end of the beginning to the end of `token_ids`; at least one.
+            top_layer: the deepest layer that will be tapped.
+
+        Raises:
+            UnsupportedModelError: the model's layers are recurrent, or see fewer tokens back than there are.
+        """
+        token_ids = tuple(token_ids)
+        beginning = self.prefill(token_ids[: blocks[0].start], top_layer=top_layer)
+        return read_blocks(self._run, beginning, token_ids, blocks, self.config)
+
+    def load_prefix(self, path: str | Path) -> Prefix:
+        """Read what `Prefix.save` wrote, and try on a few tokens that it is this model's.
+
+        Raises:
+            LoadError: no such file, not a prefix, or another model's.
+        """
+        try:
+            prefix = read_prefix(path, self.config, self.device)
+            sample = self.prefill(prefix.token_ids[:8], top_layer=prefix.top_layer)
+        except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+            raise LoadError(
+                f"no prefix of {self.name!r} in {str(path)!r} ({error}): prefill and save it again"
+            ) from error
+        if not prefix.is_of(sample):
+            raise LoadError(f"{str(path)!r} holds another model's prefix: load it with that model, or prefill it again")
+        return prefix
+
+    def _continuation(self, top_layer: int) -> Continuation:
+        """What a prefix that is read up to `top_layer` must keep, found out once per layer."""
+        with self.locked():
+            if top_layer not in self._continuations:
+                heads = tuple((top_layer, head) for head in range(self.attention_layers[top_layer].num_heads))
+                found = try_continuations(self._run, self.config, heads, device=self.device, dtype=self.model.dtype)
+                if found == "tokens":
+                    _log.warning("%s cannot continue from a cache: each pass reads its prefix again", self.name)
+                self._continuations[top_layer] = found
+            return self._continuations[top_layer]
+
+    def _auto_chunk(self) -> int | None:
+        kernel = self.attention_layers[min(self.attention_layers)].kernel
+        if self.device.type == "cpu":
+            return _CPU_CHUNK
+        slides = sliding_window(self.config) is not None
+        return _AUTO_CHUNK if kernel == "eager" or (kernel == "sdpa" and slides) else None
+
+    def _batched(self, token_ids: Sequence[int] | Tensor) -> Tensor:
+        ids = torch.as_tensor(token_ids, dtype=torch.long, device=self.device)
+        return ids[None] if ids.dim() == 1 else ids
+
+    def _run(
+        self,
+        ids: Tensor,
+        cache: DynamicCache | None,
+        past: int,
+        mask: Tensor | None,
+        *,
+        tap: AttentionTap | None,
+        stop_after: int,
+        skipped: int = 0,
+    ) -> Tensor | None:
+        """One pass of the decoder under the lock, to `stop_after`; `skipped` of `past` tokens share positions."""
+        if mask is None:
+            positions = torch.arange(ids.shape[1], device=ids.device)[None].expand(ids.shape) + (past - skipped)
+        else:
+            positions = (mask.long().cumsum(-1) - 1).clamp(min=0)
+        kwargs = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
+        with self.locked(), memory_advice(ids.shape[1], self.name):
+            layers, decoder = self.attention_layers, self.decoder
+            modules = [layers[i].module for i in layers if i <= stop_after]
+
+            def run() -> None:
+                decoder(**kwargs, past_key_values=cache, use_cache=cache is not None)
+
+            return run_tapped(run, modules, tap=tap, stop_after=stop_after, past=past)
