@@ -1,15 +1,14 @@
 """DeCo's rule on numbers made by hand, and its hooks against a plain loop."""
 
 import threading
-from typing import TYPE_CHECKING, Any
+from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
 
-if TYPE_CHECKING:
-    from qr_integrations.backend import Backend
+from tests.decoding.tiny import PROMPT, bench, generate, logits
 
-PROMPT = [1, 7, 9, 11]
 FAMILIES = ["Llama", "Qwen3", "Gemma 2", "Granite", "Command R", "GPT-2", "GPT-NeoX"]
 
 
@@ -17,23 +16,6 @@ def rule(**settings: Any) -> Any:
     from qr_integrations.decoding import DeCo
 
     return DeCo(**settings)
-
-
-def bench(name: str) -> Any:
-    from tests.backend import measure
-
-    return measure.bench(measure.named(name)).backend
-
-
-def generate(backend: "Backend", ids: list[list[int]] | None = None, **options: Any) -> list[list[int]]:
-    tokens = torch.tensor(ids or [PROMPT])
-    options = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0, "eos_token_id": None, **options}
-    options.setdefault("attention_mask", torch.ones_like(tokens))
-    return backend.model.generate(tokens, **options).tolist()
-
-
-def logits(probs: list[float]) -> torch.Tensor:
-    return torch.tensor(probs).log()[None, None]
 
 
 @pytest.mark.parametrize(
@@ -52,6 +34,42 @@ def test_candidates(probs: list[float], settings: dict[str, Any], count: int) ->
     found = rule(**settings).correct(final, final[None], (1,))
     assert int(found.is_candidate.sum()) == count
     assert int(found.logits.isfinite().sum()) == count
+
+
+@pytest.mark.parametrize("top_p", [0.2, 0.7, 0.9, 1.0, 5.0])
+@pytest.mark.parametrize("top_k", [1, 3, 20])
+def test_candidates_one_after_the_other(top_p: float, top_k: int) -> None:
+    """Take the most probable token until the sum of those before it reaches `top_p`."""
+    draw = torch.Generator().manual_seed(3)
+    final = torch.randn(2, 4, 30, generator=draw, dtype=torch.float32) * torch.tensor([0.1, 1.0, 3.0, 9.0])[:, None]
+    found = rule(top_p=top_p, top_k=top_k).correct(final, final[None], (1,))
+    for row in range(2):
+        for position in range(4):
+            probs = final[row, position].softmax(-1)
+            expected, total = [], 0.0
+            for token in probs.argsort(descending=True).tolist():
+                if total < top_p and len(expected) < top_k:
+                    expected.append(token)
+                    total += float(probs[token])
+            chosen = found.candidates[row, position][found.is_candidate[row, position]]
+            assert chosen.tolist() == expected
+            assert found.logits[row, position].isfinite().nonzero()[:, 0].tolist() == sorted(expected)
+
+
+def test_the_surest_candidate_gains_with_alpha() -> None:
+    """Over every other candidate, never losing; and with a large alpha it is said."""
+    draw = torch.Generator().manual_seed(5)
+    final, early = torch.randn(1, 6, 40, generator=draw), 3 * torch.randn(4, 1, 6, 40, generator=draw)
+    leads = []
+    for alpha in (0.0, 0.3, 0.6, 3.0, 1e4):
+        found = rule(alpha=alpha, top_p=2.0, top_k=8).correct(final, early, (1, 2, 3, 4))
+        assert ((found.max_prob > 0) & (found.max_prob <= 1)).all()
+        anchors = early[found.anchor[0] - 1, 0, torch.arange(6)]
+        wanted = anchors.gather(-1, found.candidates[0]).argmax(-1, keepdim=True)
+        corrected = found.logits[0].gather(-1, found.candidates[0])
+        leads.append(corrected.gather(-1, wanted) - corrected)
+    assert all((more - less >= -1e-4).all() for less, more in pairwise(leads))
+    assert (leads[-1] >= 0).all()
 
 
 def test_the_anchor_is_surest_of_a_candidate() -> None:
@@ -115,6 +133,16 @@ def test_alpha_0_is_plain_greedy() -> None:
         assert generate(backend, num_beams=3) == beams
 
 
+@pytest.mark.parametrize("name", FAMILIES)
+def test_alpha_0_without_restriction_changes_no_bit(name: str) -> None:
+    backend, ids = bench(name), torch.tensor([PROMPT])
+    with torch.no_grad():
+        plain = backend.model(ids).logits
+        with rule(alpha=0.0, layers=(1, 2), restrict_to_candidates=False).on(backend):
+            found = [backend.model(ids).logits for _ in range(2)]
+    assert all(torch.equal(logits, plain) for logits in found)
+
+
 def test_a_padded_batch_is_its_rows() -> None:
     backend = bench("Llama")
     prompts = [[5, 6], PROMPT]
@@ -123,6 +151,70 @@ def test_a_padded_batch_is_its_rows() -> None:
         together = generate(backend, padded.tolist(), attention_mask=mask)
         alone = [generate(backend, [prompt])[0] for prompt in prompts]
     assert [row[4:] for row in together] == [alone[0][2:], alone[1][4:]]
+
+
+def test_rows_that_have_ended_do_not_disturb_the_others() -> None:
+    backend, prompts = bench("Llama"), [[1, 7, 9, last] for last in range(12, 18)]
+    with rule(alpha=2.0, layers=(1, 2)).on(backend):
+        free = generate(backend, prompts)
+        ends = [row[5] for row in free[:2]]  # said second by the first two rows
+        together = generate(backend, prompts, eos_token_id=ends)
+        alone = [generate(backend, [prompt], eos_token_id=ends)[0] for prompt in prompts]
+    lengths = {len(row) for row in alone}
+    assert len(lengths) > 1
+    assert [row[: len(other)] for row, other in zip(together, alone, strict=True)] == alone
+
+
+def test_beams_of_a_batch_are_its_rows_beams() -> None:
+    backend, prompts = bench("Qwen3"), [PROMPT, [1, 8, 3, 30]]
+    with rule(alpha=2.0, layers=(1, 2)).on(backend):
+        together = generate(backend, prompts, num_beams=3)
+        assert together == [generate(backend, [prompt], num_beams=3)[0] for prompt in prompts]
+
+
+def test_sampled_beams_are_corrected_too() -> None:
+    """With one candidate per step, nothing but greedy's tokens is left to draw."""
+    backend = bench("Llama")
+    plain = generate(backend)
+    with rule(layers=(1, 2), top_k=1).on(backend):
+        torch.manual_seed(0)
+        assert generate(backend, num_beams=3, do_sample=True, temperature=3.0) == plain
+
+
+def test_the_order_of_layers_makes_no_difference() -> None:
+    backend = bench("Granite")
+    with rule(alpha=2.0, layers=(1, 2)).on(backend) as record:
+        tokens = generate(backend)
+    with rule(alpha=2.0, layers=(2, 1)).on(backend) as other:
+        assert generate(backend) == tokens
+    assert other.steps == record.steps
+
+
+def test_a_streamer_receives_every_token() -> None:
+    backend, pieces = bench("Llama"), []
+
+    class Streamer:
+        def put(self, tokens: torch.Tensor) -> None:
+            pieces.extend(tokens.flatten().tolist())
+
+        def end(self) -> None:
+            pieces.append("end")
+
+    with rule(alpha=2.0, layers=(1, 2)).on(backend):
+        (tokens,) = generate(backend, streamer=Streamer())
+    assert pieces == [*tokens, "end"]
+
+
+def test_half_precision_is_corrected_in_single() -> None:
+    """Corrected logits that were rounded back to bfloat16 would often tie."""
+    from qr_integrations import Backend
+    from tests.backend import measure
+
+    model = measure.random_model(measure.named("Llama")).bfloat16()
+    backend = Backend(model, measure.tiny_tokenizer(), name="half")
+    with torch.no_grad(), rule(layers=(1, 2), restrict_to_candidates=False).on(backend):
+        found = backend.model(torch.tensor([PROMPT])).logits
+    assert found.dtype == torch.float32 and not torch.equal(found, found.bfloat16().float())
 
 
 def test_the_head_reads_one_position_of_each_layer() -> None:
@@ -144,12 +236,28 @@ def test_the_first_token_is_corrected_too() -> None:
         assert generate(backend, prompts, max_new_tokens=1) != plain
 
 
-def test_nothing_stays_behind_after_an_error() -> None:
-    backend = bench("Llama")
-    before = generate(backend)
-    with pytest.raises(RuntimeError, match="inside"), rule(layers=(1, 2)).on(backend):
+@pytest.mark.parametrize("skip", [False, True])
+def test_nothing_stays_behind_after_an_error(skip: bool) -> None:
+    """Wherever it happens: between the layers, or while a token is chosen."""
+    backend, ids = bench("Llama"), torch.tensor([PROMPT])
+
+    def fail(*args: Any) -> None:
         raise RuntimeError("inside")
-    assert generate(backend) == before
+
+    with torch.no_grad():
+        before = backend.model(ids).logits
+        for module in (backend.decoder.layers[1], backend.decoder.norm):
+            with rule(layers=(1, 2), skip_confident=skip).on(backend) as record:
+                clean = backend.model(ids).logits
+                hook = module.register_forward_hook(fail)
+                with pytest.raises(RuntimeError, match="inside"):
+                    backend.model(ids)
+                hook.remove()
+                torch.testing.assert_close(backend.model(ids).logits, clean)
+                assert len(record) == 2 * len(PROMPT)
+        with pytest.raises(RuntimeError, match="inside"), rule(layers=(1, 2), skip_confident=skip).on(backend):
+            generate(backend, logits_processor=[fail])
+        assert torch.equal(backend.model(ids).logits, before)
     modules = [backend.model, backend.model.get_output_embeddings(), *backend.decoder.layers]
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in modules)
 
@@ -185,9 +293,18 @@ def test_layers_that_cannot_be_looked_at(layers: tuple[int, ...]) -> None:
         pass
 
 
-@pytest.mark.parametrize("settings", [{"alpha": -1.0}, {"top_p": 0.0}, {"top_k": 0}])
+@pytest.mark.parametrize(
+    "settings", [{"alpha": -1.0}, {"alpha": float("nan")}, {"top_p": 0.0}, {"top_p": float("nan")}, {"top_k": 0}]
+)
 def test_settings_that_cannot_be(settings: dict[str, Any]) -> None:
     from qr_integrations.errors import InputError
 
     with pytest.raises(InputError, match="pass such"):
         rule(**settings)
+
+
+def test_skipping_needs_candidates_to_restrict_to() -> None:
+    from qr_integrations.errors import InputError
+
+    with pytest.raises(InputError, match="pass one of the two"):
+        rule(skip_confident=True, restrict_to_candidates=False)

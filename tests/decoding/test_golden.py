@@ -48,7 +48,7 @@ def generate(case: dict[str, Any], prompts: list[list[int]], **options: Any) -> 
     ids = torch.tensor([[0] * (length - len(prompt)) + prompt for prompt in prompts])
     mask = torch.tensor([[0] * (length - len(prompt)) + [1] * len(prompt) for prompt in prompts])
     on = backend(case["model"])
-    with deco(case).on(on):
+    with deco(case).on(on) as record:
         out = on.model.generate(
             ids,
             attention_mask=mask,
@@ -60,13 +60,17 @@ def generate(case: dict[str, Any], prompts: list[list[int]], **options: Any) -> 
             output_scores=True,
             **options,
         )
-    return out, out.sequences[:, length:].tolist()
+    return out, out.sequences[:, length:].tolist(), record
 
 
 @of_kind("greedy", "greedy_extra", "greedy_eos")
 def test_greedy_tokens(case: dict[str, Any]) -> None:
-    _, tokens = generate(case, [case["prompt"]], **case.get("processors", {}))
+    _, tokens, record = generate(case, [case["prompt"]], **case.get("processors", {}))
     assert tokens == [case["tokens"]]
+    if "anchor_layer" in case:
+        assert [step.anchor[0] for step in record] == case["anchor_layer"]
+        assert [step.num_candidates[0] for step in record] == case["n_candidates"]
+        assert [step.max_prob[0] for step in record] == pytest.approx(case["max_prob"], abs=OF_PROBABILITIES)
 
 
 @of_kind("greedy", "greedy_extra")
@@ -100,7 +104,7 @@ def test_candidates_anchors_and_logits(case: dict[str, Any], arrays: Any) -> Non
 
 @of_kind("beam")
 def test_beams(case: dict[str, Any]) -> None:
-    out, tokens = generate(
+    out, tokens, _ = generate(
         case, case["prompts"], num_beams=5, num_return_sequences=5, length_penalty=case["length_penalty"]
     )
     end = case["eos_token_id"]
