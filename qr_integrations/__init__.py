@@ -9,12 +9,15 @@ from typing import Any
 from qr_integrations.version import __version__ as __version__
 
 _EXPORTS = {
+    "Answer": "qr_integrations.types",
     "Backend": "qr_integrations.backend",
+    "DeCo": "qr_integrations.decoding",
     "Document": "qr_integrations.types",
     "HeadDetector": "qr_integrations.retrieval",
     "HeadSet": "qr_integrations.retrieval",
     "ICRReranker": "qr_integrations.retrieval",
     "JudgedList": "qr_integrations.types",
+    "Message": "qr_integrations.types",
     "PromptLayout": "qr_integrations.retrieval",
     "QRCrossEncoder": "qr_integrations.retrieval",
     "QRHeadReranker": "qr_integrations.retrieval",
@@ -22,16 +25,20 @@ _EXPORTS = {
     "Refinements": "qr_integrations.retrieval",
     "ScoredDocument": "qr_integrations.types",
     "Span": "qr_integrations.types",
+    "ViCrop": "qr_integrations.cropping",
     "highlight_html": "qr_integrations.highlighting",
 }
 
 __all__ = [
+    "Answer",
     "Backend",
+    "DeCo",
     "Document",
     "HeadDetector",
     "HeadSet",
     "ICRReranker",
     "JudgedList",
+    "Message",
     "PromptLayout",
     "QRCrossEncoder",
     "QRHeadReranker",
@@ -39,6 +46,7 @@ __all__ = [
     "Refinements",
     "ScoredDocument",
     "Span",
+    "ViCrop",
     "highlight_html",
 ]
 

@@ -8,12 +8,12 @@ from pathlib import Path
 from tempfile import NamedTemporaryFile, mkdtemp
 
 
-def write_whole(path: str | Path, text: str) -> None:
-    """Write `text` so that whoever looks finds the old file or the new one, never half of it."""
+def write_whole(path: str | Path, content: str | bytes) -> None:
+    """Write `content` so that whoever looks finds the old file or the new one, never half of it."""
     path = Path(path)
-    with NamedTemporaryFile("w", encoding="utf-8", dir=path.parent, prefix=path.name, delete=False) as handle:
+    with NamedTemporaryFile("wb", dir=path.parent, prefix=path.name, delete=False) as handle:
         try:
-            handle.write(text)
+            handle.write(content.encode("utf-8") if isinstance(content, str) else content)
             handle.close()
             os.chmod(handle.name, 0o666 & ~_umask())  # a temporary file is the owner's alone
             os.replace(handle.name, path)

@@ -190,6 +190,10 @@ class Message:
     role: str
     content: tuple[str | Image.Image, ...]
 
+    def __post_init__(self) -> None:
+        if isinstance(self.content, str | Image.Image):  # one part, not letters
+            object.__setattr__(self, "content", (self.content,))
+
     @classmethod
     def user(cls, *content: str | Image.Image) -> "Message":
         """What the user says and shows."""
@@ -238,7 +242,7 @@ class Answer:
         finish_reason: ``"stop"``: the model or a stop sequence ended it; ``"length"``: it was cut.
         usage: tokens of the prompt that was answered, crops included, and of the answer.
         steps: what each step did, by its argument in `Backend.answer`.
-        seconds: what took how long: each step, ``"prefill"``, ``"generate"``.
+        seconds: what took how long: ``"crop"``, ``"generate"``, and of that ``"first_token"``.
     """
 
     text: str

@@ -16,7 +16,7 @@ REPO = Path(__file__).parents[1]
 PACKAGE = REPO / "qr_integrations"
 FILES = sorted(str(p.relative_to(PACKAGE)) for p in PACKAGE.rglob("*.py"))
 
-GROUND = {"errors", "types", "files", "version", "bundled"}
+GROUND = {"errors", "types", "files", "version", "bundled", "images"}
 CELLAR = GROUND | {"backend"}
 ROOMS = {"retrieval", "cropping", "decoding", "encoding", "pruning"}
 BELOW_THE_ROOF = CELLAR | ROOMS
@@ -26,14 +26,17 @@ MAY_IMPORT = {
     "highlighting": set(),
     "files": set(),
     "version": set(),
+    "images": {"errors"},
     "types": {"errors", "highlighting"},
     "bundled": {"errors", "types"},
     "backend": GROUND,
     **{room: CELLAR for room in ROOMS},
     "testing": BELOW_THE_ROOF,
     "reranking": BELOW_THE_ROOF,
-    "langchain": BELOW_THE_ROOF | {"reranking"},
-    "llama_index": BELOW_THE_ROOF | {"reranking"},
+    "model_settings": BELOW_THE_ROOF,
+    "chatting": BELOW_THE_ROOF | {"model_settings"},
+    "langchain": BELOW_THE_ROOF | {"reranking", "chatting"},
+    "llama_index": BELOW_THE_ROOF | {"reranking", "chatting"},
     "serving": BELOW_THE_ROOF,
     "evaluation": BELOW_THE_ROOF,
     "cli": BELOW_THE_ROOF | {"__init__", "testing", "evaluation", "serving"},
@@ -43,7 +46,7 @@ MAY_IMPORT = {
 ONLY_IN = {
     "transformers": {"backend", "bundled", "testing"},
     "tokenizers": {"backend", "bundled", "testing"},
-    "torch": CELLAR - {"types", "errors"} | ROOMS | {"testing", "evaluation"},
+    "torch": CELLAR - {"types", "errors", "images"} | ROOMS | {"testing", "evaluation"},
     "langchain_core": {"langchain"},
     "llama_index": {"llama_index"},
     "rich": {"cli"},

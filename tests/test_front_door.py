@@ -17,12 +17,15 @@ PACKAGE = Path(qr_integrations.__file__).parent
 TREE = Path(__file__).parents[1] / "qr_integrations"
 
 NAMES = [
+    "Answer",
     "Backend",
+    "DeCo",
     "Document",
     "HeadDetector",
     "HeadSet",
     "ICRReranker",
     "JudgedList",
+    "Message",
     "PromptLayout",
     "QRCrossEncoder",
     "QRHeadReranker",
@@ -30,6 +33,7 @@ NAMES = [
     "Refinements",
     "ScoredDocument",
     "Span",
+    "ViCrop",
     "highlight_html",
 ]
 HEAVY = ["torch", "transformers", "numpy", "rich", "langchain_core", "llama_index"]

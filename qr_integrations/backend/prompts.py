@@ -51,12 +51,7 @@ def as_messages(given: str | Sequence[Message]) -> tuple[Message, ...]:
         raise InputError("there is nothing to answer: pass a question, or at least one message with content")
     if wrong := [message.role for message in messages if message.role not in _ROLES]:
         raise InputError(f"unknown role {wrong[0]!r}: pass {', '.join(_ROLES)}")
-    return tuple(Message(message.role, tuple(map(_opened, _parts(message)))) for message in messages)
-
-
-def _parts(message: Message) -> tuple[Any, ...]:
-    """A text alone in the place of parts, which is easily written, is no sequence of letters."""
-    return (message.content,) if isinstance(message.content, str) else message.content
+    return tuple(Message(message.role, tuple(map(_opened, message.content))) for message in messages)
 
 
 def _opened(part: Any) -> Any:

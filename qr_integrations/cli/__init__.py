@@ -34,6 +34,25 @@ them: qr:heads=FILE,top=8  qr:random=16,seed=1 (heads drawn at random)  qr:calib
 qr:length_power=0.5  qr:rare_words=1. METRIC is what ir-measures knows (nDCG@10 R@5 RR@10 AP Success@5), or All@5.
 Exit codes: 0 done, 2 error, 130 interrupted.
 """
+_EVAL_PICTURES_NOTES = """\
+crops: questions about pictures, answered plainly (none), with ViCrop (relative, gradient, input_gradient), and with a
+crop elsewhere (random) or around what is asked about (oracle); with settings relative:layers=4-6,min_lift=1.5. A line
+of --data: {"image": "photo.jpg", "question": "...", "answers": ["..."], "box": [left, top, right, bottom],
+"skill": "..."}; box and skill may be left out.
+captions: which objects captions invent, and yes-or-no questions about objects. SPEC is greedy, deco, dola, or with
+settings deco:alpha=0.6,layers=4-6. A line of --data: {"image": "photo.jpg", "objects": ["dog", "car"]}.
+Pictures are looked for beside the file. Exit codes: 0 done, 2 error, 130 interrupted.
+"""
+_LOOK_NOTES = """\
+The picture that is written shows where the model looked, and the crop beside it. An earlier one of that name is
+replaced. Lift: how strong the map is within the crop, on average, over how strong it is in the whole picture.
+Layers are written 5, 4-6 or 2,4-6. Exit codes: 0 done, 2 error, 130 interrupted.
+"""
+_CAPTION_NOTES = """\
+Without --deco there is one caption of each picture, with it two. --probe tells for every layer how often it would have
+said the same as the last one, and how probable it found what was said. Layers are written 5, 4-6 or 2,4-6.
+Exit codes: 0 done, 2 error, 130 interrupted.
+"""
 _DOCTOR_NOTES = (
     "Exit codes: 0 all checks passed, 1 a check failed, 2 the model cannot be loaded or read, 130 interrupted."
 )
@@ -47,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.print_help(sys.stderr)
         return EXIT_ERROR
     try:
-        run = import_module(f"qr_integrations.cli.{args.command}").run
+        run = import_module(f"qr_integrations.cli.{args.command.replace('-', '_')}").run
         return int(run(args))
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
@@ -72,8 +91,13 @@ def _parser() -> argparse.ArgumentParser:
         "qr-integrations", description="Rank documents with the attention of a language model that you run yourself."
     )
     parser.add_argument("--version", action="version", version=f"qr-integrations {__version__}")
-    commands = parser.add_subparsers(dest="command", title="commands", metavar="{demo,rerank,detect,eval,doctor}")
-    for add in (_add_demo, _add_rerank, _add_detect, _add_eval, _add_doctor):
+    commands = parser.add_subparsers(
+        dest="command", title="commands", metavar="{demo,rerank,look,caption,detect,eval,eval-pictures,doctor}"
+    )
+    for add in (
+        *(_add_demo, _add_rerank, _add_look, _add_caption),
+        *(_add_detect, _add_eval, _add_eval_pictures, _add_doctor),
+    ):
         add(commands)
     return parser
 
@@ -121,6 +145,68 @@ def _add_rerank(commands: Any) -> None:
     rerank.add_argument("--explain", action="store_true", help="show which words each document was ranked by")
     rerank.add_argument("--json", action="store_true", help="one JSON object; rank counts from 1, index from 0")
     _add_model(rerank)
+
+
+def _add_look(commands: Any) -> None:
+    look = commands.add_parser(
+        "look",
+        help="ask about a picture, and look again where it matters",
+        description="Answer a question about a picture without and with a crop of what matters (ViCrop).",
+        epilog=_LOOK_NOTES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    look.add_argument("image", metavar="IMAGE", help="a file, or an address with --allow-urls")
+    look.add_argument("question", metavar="QUESTION", help="what is asked about it")
+    look.add_argument(
+        "--method",
+        choices=["relative", "gradient", "input_gradient"],
+        default="relative",
+        help="how what matters is found: attention against a generic question's (default), attention times gradient, "
+        "or gradient of the pixels",
+    )
+    look.add_argument("--layers", metavar="N", help="whose attention is read, from 0, or all (default: published one)")
+    look.add_argument("--base", type=int, metavar="N", help="side of the smallest crop in pixels (default: published)")
+    look.add_argument("--high-resolution", action="store_true", help="look at tiles of at most 1,024 pixels one by one")
+    look.add_argument(
+        "--min-lift", type=float, default=0.0, metavar="X", help="no crop that stands out less (default: 0, always one)"
+    )
+    look.add_argument("--out", metavar="FILE", help="what is drawn, .png or .jpg (default: NAME.look.png beside IMAGE)")
+    _add_answering(look, longest=64)
+    look.add_argument("--json", action="store_true", help="one JSON object; boxes are left, top, right, bottom")
+    _add_model(look, default="qr-mini-vl")
+
+
+def _add_caption(commands: Any) -> None:
+    caption = commands.add_parser(
+        "caption",
+        help="caption pictures, with fewer invented things",
+        description="Caption pictures plainly and, if asked for, with the correction of earlier layers (DeCo).",
+        epilog=_CAPTION_NOTES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    caption.add_argument("images", nargs="+", metavar="IMAGE", help="files, or addresses with --allow-urls")
+    caption.add_argument("--prompt", metavar="TEXT", help="what is asked for (default: a detailed description)")
+    caption.add_argument("--crop", action="store_true", help="look again where it matters first (ViCrop)")
+    caption.add_argument("--probe", action="store_true", help="what every layer would have said in the plain caption")
+    _add_answering(caption, longest=256)
+    caption.add_argument("--json", action="store_true", help="one JSON object and line for each picture")
+    _add_model(caption, default="qr-mini-vl")
+
+
+def _add_answering(parser: argparse.ArgumentParser, longest: int) -> None:
+    """What commands that answer about pictures have in common."""
+    parser.add_argument("--deco", action="store_true", help="let earlier layers correct what is said (DeCo)")
+    parser.add_argument("--alpha", type=float, metavar="X", help="how strongly (default: 0.6); switches --deco on")
+    parser.add_argument(
+        "--deco-layers",
+        metavar="N",
+        help="which layers, as numbers of hidden states, from 1 (default: 62.5 to 87.5 %% of the depth); switches "
+        "--deco on",
+    )
+    parser.add_argument(
+        "--max-new-tokens", type=int, default=longest, metavar="N", help=f"longest answer (default: {longest})"
+    )
+    parser.add_argument("--allow-urls", action="store_true", help="fetch pictures from public http(s) addresses")
 
 
 def _add_detect(commands: Any) -> None:
@@ -196,6 +282,32 @@ def _add_eval(commands: Any) -> None:
     _add_model(evaluate)
 
 
+def _add_eval_pictures(commands: Any) -> None:
+    evaluate = commands.add_parser(
+        "eval-pictures",
+        help="measure second looks and decoders on pictures",
+        description="Measure what a second look at pictures gains (crops), or what decoders invent (captions).",
+        epilog=_EVAL_PICTURES_NOTES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    evaluate.add_argument("what", choices=["crops", "captions"], help="what is measured")
+    evaluate.add_argument("--data", metavar="FILE", help="pictures as JSON lines (default: a drawn world, built in)")
+    evaluate.add_argument("--limit", type=int, metavar="N", help="the first N lines, or drawn scenes (20, or 100)")
+    evaluate.add_argument("--system", nargs="+", metavar="SPEC", help="what is measured (default: all)")
+    evaluate.add_argument("--contains", action="store_true", help="crops: an answer need only hold the right words")
+    evaluate.add_argument("--names", metavar="FILE", help='captions: JSON with synonyms, {"dog": ["puppy"], "car": []}')
+    evaluate.add_argument("--prompt", metavar="TEXT", help="behind every question, or what captions are asked for with")
+    evaluate.add_argument(
+        "--max-new-tokens", type=int, default=512, metavar="N", help="captions: their longest (default: 512)"
+    )
+    evaluate.add_argument("--seed", type=int, default=0, help="of what is drawn at random (default: 0)")
+    evaluate.add_argument(
+        "--out", default="pictures-report", metavar="FOLDER", help="the report (default: pictures-report)"
+    )
+    evaluate.add_argument("--json", action="store_true", help="the results on standard output too, as one JSON object")
+    _add_model(evaluate, default="qr-mini-vl")
+
+
 def _add_doctor(commands: Any) -> None:
     doctor = commands.add_parser(
         "doctor",
@@ -213,10 +325,10 @@ def _add_doctor(commands: Any) -> None:
     _add_model(doctor)
 
 
-def _add_model(parser: argparse.ArgumentParser) -> None:
+def _add_model(parser: argparse.ArgumentParser, default: str = "qr-mini") -> None:
     """What every command knows about the model."""
     parser.add_argument(
-        "--model", default="qr-mini", help="a bundled name, a folder, or a hub id (default: qr-mini, bundled)"
+        "--model", default=default, help=f"a bundled name, a folder, or a hub id (default: {default}, bundled)"
     )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default: auto)")
     parser.add_argument("--dtype", default="auto", help="auto, float32, bfloat16, float16 (default: auto)")

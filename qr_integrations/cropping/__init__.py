@@ -9,7 +9,7 @@ from qr_integrations.cropping.input_gradient import InputGradient
 from qr_integrations.cropping.layers import choose_layers, layer_divergences, locate_layer
 from qr_integrations.cropping.relative_attention import RelativeAttention
 from qr_integrations.cropping.tiling import Tiling, merge_maps, tile_picture
-from qr_integrations.cropping.vicrop import Look, ViCrop
+from qr_integrations.cropping.vicrop import Look, ViCrop, crop_side
 
 __all__ = [
     "GENERIC",
@@ -23,6 +23,7 @@ __all__ = [
     "Tiling",
     "ViCrop",
     "choose_layers",
+    "crop_side",
     "find_box",
     "high_pass",
     "high_pass_mask",

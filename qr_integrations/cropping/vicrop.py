@@ -142,7 +142,7 @@ class ViCrop:
         return merge_maps(tiling, maps, geometry=self.geometry)
 
     def _judged(self, backend: Backend, importance: ImportanceMap) -> Look:
-        found = find_box(importance, self._side(backend, importance), geometry=self.geometry)
+        found = find_box(importance, crop_side(backend, importance.image_size, self.base), geometry=self.geometry)
         lift = _lift(importance, found)
         reason = ""
         if found.whole:
@@ -153,11 +153,12 @@ class ViCrop:
             reason = f"the crop stands out {lift:.2f} times only"
         return Look(None if reason else found.box, importance, found.sharpness, lift, reason)
 
-    def _side(self, backend: Backend, importance: ImportanceMap) -> int:
-        """Of the smallest crop, in pixels."""
-        config = backend.model.config
-        base = self.base or stated(backend).get("base") or picture_family(config).side(config)
-        return max(2, round(base * max(importance.image_size))) if base < 1 else round(base)
+
+def crop_side(backend: Backend, image_size: tuple[int, int], base: int | float | None = None) -> int:
+    """The side of the smallest crop in pixels; `base` as in `ViCrop`."""
+    config = backend.model.config
+    base = base or stated(backend).get("base") or picture_family(config).side(config)
+    return max(2, round(base * max(image_size))) if base < 1 else round(base)
 
 
 def _lift(importance: ImportanceMap, found: FoundBox) -> float:

@@ -3,44 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 import torch
 from transformers import LlavaForConditionalGeneration
 
-from .packing import Example, Packer, answer_logits
-from .questions import ASKERS, DESCRIBE, Question, ask_count, ask_presence, named_things
-from .render import IGNORED, View
-from .views import seeded, whole
-from .world import CARRIERS, LARGEST, PARTNERS, Difficulty, Scene, Thing, crop_around, draw_scene, resized
+from qr_integrations.evaluation.drawn_world.held_out import (
+    SHARES,
+    caption_counts,
+    caption_scene,
+    held_out_scene,
+    questions_about_first,
+)
+from qr_integrations.evaluation.drawn_world.questions import DESCRIBE, Question, named_things
+from qr_integrations.evaluation.drawn_world.views import View, whole
+from qr_integrations.evaluation.drawn_world.world import Scene, crop_around, resized
 
-SHARES = (0.6, 0.4, 0.2, 0.1, 0.05, 0.03)
-"""Longest side of the thing that is asked about, as a share of the picture's longest side."""
-HELD_OUT = "held out"
+from .labels import IGNORED
+from .packing import Example, Packer, answer_logits
+
 MANY = 8
 """Sequences in one pass."""
 
 Table = dict[str, dict[str, float]]
 """Skill, then size as "0.10", to the share of right answers."""
-
-
-def held_out_scene(number: int) -> Scene:
-    """A scene that training never draws; its first thing is large, and carries a mark in three of four scenes."""
-    rng = seeded(HELD_OUT, number)
-    wanted = (*CARRIERS, "sign") if number % 4 else None
-    while True:
-        scene = draw_scene(rng, Difficulty(most=5, largest=0.3), first=[LARGEST])
-        first = scene.things[0]
-        if wanted is None or (first.kind in wanted and first.mark):
-            return scene
-
-
-def questions_about_first(number: int, scene: Scene) -> list[Question]:
-    """All skills that a scene's first thing allows, the same whatever its size; presence with yes and no."""
-    rng = seeded(HELD_OUT, "questions", number)
-    asked = [asker(rng, scene, 0) for asker in ASKERS[1:]] + [ask_presence(rng, scene, 0) for _ in range(3)]
-    asked.append(ask_count(rng, scene))
-    return list({q.text: q for q in asked if q is not None}.values())
 
 
 @torch.no_grad()
@@ -85,29 +70,6 @@ def skill_table(model: LlavaForConditionalGeneration, packer: Packer, scenes: in
     return {skill: {size: round(sum(h) / len(h), 3) for size, h in sizes.items()} for skill, sizes in hits.items()}
 
 
-def caption_counts(caption: str, things: Sequence[Thing]) -> dict[str, int]:
-    """How many kinds a caption names, how many of them are not there, and how many of those are usual partners.
-
-    Example:
-        >>> ball = Thing("ball", "red", None, (0, 0, 50, 50))
-        >>> caption_counts("a picture of a red ball and a blue box", [ball])
-        {'named': 2, 'invented': 1, 'expected': 1, 'there': 1, 'found': 1}
-    """
-    named = {kind for _, kind in named_things(caption)}
-    there = {thing.kind for thing in things}
-    invented = named - there
-    expected = {kind for kind in invented if PARTNERS.get(kind) in there}
-    counts = (len(named), len(invented), len(expected), len(there), len(named & there))
-    return dict(zip(("named", "invented", "expected", "there", "found"), counts, strict=True))
-
-
-def without_partner(scene: Scene) -> Scene:
-    """The scene without the partner of its largest thing: a picture that invites to invent it."""
-    partner = PARTNERS.get(scene.things[0].kind)
-    kept = tuple(thing for thing in scene.things if thing.kind != partner)
-    return replace(scene, things=kept)
-
-
 @torch.no_grad()
 def write_captions(model: LlavaForConditionalGeneration, packer: Packer, scenes: Sequence[Scene]) -> list[str]:
     """Greedy captions of whole pictures."""
@@ -129,7 +91,7 @@ def write_captions(model: LlavaForConditionalGeneration, packer: Packer, scenes:
 
 def caption_table(model: LlavaForConditionalGeneration, packer: Packer, scenes: int) -> dict[str, float]:
     """Invented kinds as a share of named ones, how many of those were to be expected, and recall of large things."""
-    drawn = [without_partner(draw_scene(seeded(HELD_OUT, "caption", n))) for n in range(scenes)]
+    drawn = [caption_scene(number) for number in range(scenes)]
     totals: dict[str, int] = {}
     seen, large = 0, 0
     for scene, caption in zip(drawn, write_captions(model, packer, drawn), strict=True):

@@ -17,8 +17,9 @@ from transformers import (
 )
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
-from .questions import all_words
-from .render import MEAN, STD
+from qr_integrations.evaluation.drawn_world.views import MEAN, STD
+
+from .words import all_words
 
 PAD, BOS, EOS, UNKNOWN, IMAGE = "<pad>", "<s>", "</s>", "<unk>", "<image>"
 CHAT_TEMPLATE = (
@@ -138,6 +139,9 @@ def build_model(sizes: Sizes, tokenizer: PreTrainedTokenizerFast, seed: int = 0)
     model = LlavaForConditionalGeneration(configure(sizes, tokenizer)).float()
     model.set_attn_implementation("eager")
     model.generation_config = GenerationConfig(
-        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        min_new_tokens=1,  # words that it does not know are answered with one that it knows, not with silence
     )
     return model

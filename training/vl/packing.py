@@ -15,11 +15,13 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import LlavaForConditionalGeneration, PreTrainedTokenizerFast
 
+from qr_integrations.evaluation.drawn_world.questions import SHORT, Question, ask, ask_about, ask_caption
+from qr_integrations.evaluation.drawn_world.views import View, whole
+from qr_integrations.evaluation.drawn_world.world import Difficulty, draw_scene, seeded
+
+from .labels import IGNORED
 from .model import Sizes
-from .questions import SHORT, Question, ask, ask_about, ask_caption
-from .render import IGNORED, View
-from .views import crop_of, draw_level, seeded, to_pixel_values, whole
-from .world import Difficulty, draw_scene
+from .views import crop_of, draw_level, to_pixel_values
 
 QUESTIONS = 8
 UNCLEAR = 0.25

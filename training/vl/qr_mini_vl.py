@@ -23,9 +23,9 @@ def plan(hours: float) -> list[Stage]:
     """The stages and their shares of the time; the steps only bound runs on faster machines."""
     seconds = hours * 3600
     return [
-        Stage("tower", steps=10000, seconds=0.4 * seconds, pictures=32),
+        Stage("tower", steps=10000, seconds=0.35 * seconds, pictures=32),
         Stage("language", steps=8000, seconds=0.4 * seconds, pictures=16, pairs=0.3),
-        Stage("both", steps=3000, seconds=0.2 * seconds, pictures=16, pairs=0.4, rate=6e-4, tower_rate=3e-4),
+        Stage("both", steps=3000, seconds=0.25 * seconds, pictures=16, pairs=0.4, rate=6e-4, tower_rate=3e-4),
     ]
 
 

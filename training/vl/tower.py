@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy, mse_loss
 
-from .render import IGNORED, PatchLabels, patch_labels
-from .views import draw_view, seeded, to_pixel_values
-from .world import COLOURS, KINDS, MARKS
+from qr_integrations.evaluation.drawn_world.world import COLOURS, KINDS, MARKS, seeded
+
+from .labels import IGNORED, PatchLabels, patch_labels
+from .views import draw_view, to_pixel_values
 
 GROUND_WEIGHT = 0.1
 """Patches of the ground are many and easy."""

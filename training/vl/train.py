@@ -16,10 +16,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import LlavaForConditionalGeneration, PreTrainedTokenizerFast
 
+from .labels import IGNORED
 from .model import Sizes
 from .optimisers import Group, Optimisers
 from .packing import Packed, Packer, answer_logits, answer_loss, packed_batch
-from .render import IGNORED
 from .tower import DenseHeads, TowerBatch, read_tower, tower_accuracy, tower_batch, tower_losses
 
 WARM_UP = 100

@@ -8,26 +8,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .render import MEAN, STD, View
-from .world import Difficulty, Scene, crop_around, draw_scene
+from qr_integrations.evaluation.drawn_world.views import MEAN, STD, View, whole
+from qr_integrations.evaluation.drawn_world.world import Difficulty, Scene, crop_around, draw_scene
 
 CROPS = 0.25
 """Share of views that are crops, once a picture holds several things."""
 
 
-def seeded(*parts: object) -> random.Random:
-    """A generator that depends on its name only, so that any batch can be made again."""
-    return random.Random("/".join(map(str, parts)))
-
-
 def draw_level(rng: random.Random, progress: float) -> float:
     """How hard a scene is: up to the whole world from two thirds of the training on, with easy ones throughout."""
     return rng.uniform(0.3, 1.0) * min(1.0, 1.5 * progress)
-
-
-def whole(scene: Scene, resolution: int) -> View:
-    """The view of the whole picture."""
-    return View(scene, scene.frame, resolution)
 
 
 def crop_of(rng: random.Random, scene: Scene, about: int, resolution: int) -> View:

@@ -97,7 +97,8 @@ def test_a_stage_learns(number: int, loss: str, factor: float, tmp_path: Path, m
 
 
 def test_the_exported_model_says_what_the_trained_one_says(trained: tuple[Any, Path], tmp_path: Path) -> None:
-    from training.vl.evaluate import held_out_scene, write_captions
+    from qr_integrations.evaluation.drawn_world.held_out import held_out_scene
+    from training.vl.evaluate import write_captions
     from training.vl.export import export, load_exported
     from training.vl.model import build_processor
     from training.vl.packing import Packer
@@ -123,11 +124,11 @@ def test_the_full_model_fits_its_budget_and_a_small_report_is_whole(tmp_path: Pa
 
 
 def test_the_report_covers_all_skills_and_sizes(trained: tuple[Any, Path], tmp_path: Path) -> None:
-    from training.vl.evaluate import SHARES
+    from qr_integrations.evaluation.drawn_world.held_out import SHARES
+    from qr_integrations.evaluation.drawn_world.questions import SKILLS
     from training.vl.export import export
     from training.vl.model import build_processor
     from training.vl.qr_mini_vl import report
-    from training.vl.questions import SKILLS
 
     export(tmp_path / "model", trained[0].model, build_processor(sizes()))
     text = report(tmp_path / "model", sizes(), scenes=12)
@@ -136,26 +137,3 @@ def test_the_report_covers_all_skills_and_sizes(trained: tuple[Any, Path], tmp_p
         assert set(table) | {"caption"} == set(SKILLS)
         assert all(len(row) == len(SHARES) and all(0 <= v <= 1 for v in row.values()) for row in table.values())
     assert "| color |" in text and "recall_large" in text
-
-
-def test_an_invented_partner_is_counted() -> None:
-    from training.vl.evaluate import caption_counts
-    from training.vl.world import Thing
-
-    ball, star = (Thing(kind, "red", None, (0, 0, 9, 9)) for kind in ("ball", "star"))
-    counts = caption_counts("a picture of a red ball , a blue box and a white heart", [ball, star])
-    assert counts == {"named": 3, "invented": 2, "expected": 1, "there": 2, "found": 1}
-
-
-def test_held_out_scenes_ask_the_same_at_every_size() -> None:
-    from training.vl.evaluate import SHARES, held_out_scene, questions_about_first
-    from training.vl.world import resized
-
-    for number in range(8):
-        scene = held_out_scene(number)
-        assert questions_about_first(number, scene) == questions_about_first(number, scene)
-        for share in SHARES:
-            small = resized(scene, 0, share)
-            assert small.things[1:] == scene.things[1:]
-            assert small.things[0].name == scene.things[0].name
-            assert small.things[0].size <= max(4, share * scene.long_side + 1)

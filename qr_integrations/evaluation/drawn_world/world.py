@@ -4,14 +4,13 @@ Some kinds usually come together and most kinds have a usual colour, so whoever 
 is too small to be seen. All boxes are in source pixels: (left, top, right, bottom).
 """
 
-from __future__ import annotations
-
 import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-Box = tuple[int, int, int, int]
+Corners = tuple[int, int, int, int]
+"""(left, top, right, bottom) in pixels."""
 
 KINDS = ("ball", "box", "tent", "star", "ring", "cross", "heart", "moon", "sign")
 PLURALS = ("balls", "boxes", "tents", "stars", "rings", "crosses", "hearts", "moons", "signs")
@@ -54,7 +53,7 @@ class Thing:
     kind: str
     colour: str
     mark: str | None
-    box: Box
+    box: Corners
 
     @property
     def name(self) -> str:
@@ -87,7 +86,7 @@ class Scene:
         return max(self.width, self.height)
 
     @property
-    def frame(self) -> Box:
+    def frame(self) -> Corners:
         """The box of the whole picture."""
         return 0, 0, self.width, self.height
 
@@ -101,10 +100,15 @@ class Difficulty:
     largest: float = LARGEST
 
     @staticmethod
-    def at(level: float) -> Difficulty:
+    def at(level: float) -> "Difficulty":
         """From one large thing (level 0) to the whole world (level 1)."""
         smallest = math.exp((1 - level) * math.log(0.5) + level * math.log(SMALLEST))
         return Difficulty(1 + round(6 * level), smallest, (1 - level) * 0.9 + level * LARGEST)
+
+
+def seeded(*parts: object) -> random.Random:
+    """A generator that depends on its name only, so that whatever was drawn with it can be drawn again."""
+    return random.Random("/".join(map(str, parts)))
 
 
 def _draw_kinds(rng: random.Random, count: int) -> list[str]:
@@ -138,13 +142,15 @@ def _extent(kind: str, size: int) -> tuple[int, int]:
     return size, max(4, round(size * SIGN_HEIGHT)) if kind == "sign" else size
 
 
-def _apart(box: Box, others: Sequence[Box], gap: int) -> bool:
+def _apart(box: Corners, others: Sequence[Corners], gap: int) -> bool:
     return all(
         box[2] + gap <= o[0] or o[2] + gap <= box[0] or box[3] + gap <= o[1] or o[3] + gap <= box[1] for o in others
     )
 
 
-def _place(rng: random.Random, kind: str, size: int, frame: tuple[int, int], taken: Sequence[Box]) -> Box | None:
+def _place(
+    rng: random.Random, kind: str, size: int, frame: tuple[int, int], taken: Sequence[Corners]
+) -> Corners | None:
     """A free place for a thing, which shrinks while none is found; None if even its smallest form has no place."""
     for attempt in range(24):
         width, height = _extent(kind, max(6, round(size * 0.93**attempt)))
@@ -197,7 +203,7 @@ def resized(scene: Scene, index: int, share: float) -> Scene:
     return replace(scene, things=(*scene.things[:index], small, *scene.things[index + 1 :]))
 
 
-def crop_around(scene: Scene, box: Box, factor: float = 1.6, shift: tuple[float, float] = (0.0, 0.0)) -> Box:
+def crop_around(scene: Scene, box: Corners, factor: float = 1.6, shift: tuple[float, float] = (0.0, 0.0)) -> Corners:
     """A square of `factor` times the box's longest side around it, moved by shares of its side, inside the picture."""
     side = max(factor * max(box[2] - box[0], box[3] - box[1]), 16)
     width, height = min(round(side), scene.width), min(round(side), scene.height)

@@ -1,32 +1,21 @@
-"""Draws scenes with Pillow, at their own size or smaller, whole or a part, and says what covers each patch.
+"""Draws scenes with Pillow, at their own size or smaller, whole or a part.
 
-A scene drawn smaller is the scene scaled down, not another picture: training draws at twice the model's resolution what
-users' pictures hold at up to 1344 pixels.
+A scene drawn smaller is the scene scaled down, not another picture.
 """
-
-from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import cache
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from .world import COLOURS, KINDS, MARKS, Box, Scene, Thing
+from qr_integrations.evaluation.drawn_world.world import COLOURS, Corners, Scene, Thing
 
 SPRITE = 256
 GROUND = 64
 """Side of the square noise that is stretched over the picture."""
-MEAN = (0.48145466, 0.4578275, 0.40821073)
-STD = (0.26862954, 0.26130258, 0.27577711)
-"""Mean and standard deviation of CLIP's input."""
-PADDING = (int(MEAN[0] * 255), int(MEAN[1] * 255), int(MEAN[2] * 255))
 DARK_INK = ("white", "yellow", "orange")
-IGNORED = -100
-READABLE = 5.0
-"""A mark lower than this many pixels of the model's input carries no label."""
 
 
 def _star() -> list[tuple[float, float]]:
@@ -118,7 +107,7 @@ def _tinted(thing: Thing, seed: int) -> tuple[int, ...]:
     return tuple(int(v) for v in np.clip(np.array(COLOURS[thing.colour]) + shift, 0, 255))
 
 
-def render(scene: Scene, region: Box | None = None, scale: float = 1.0) -> Image.Image:
+def render(scene: Scene, region: Corners | None = None, scale: float = 1.0) -> Image.Image:
     """Draws a scene, or the part of it in `region`, at `scale` times the source resolution."""
     left, top, right, bottom = region or scene.frame
     size = max(1, round((right - left) * scale)), max(1, round((bottom - top) * scale))
@@ -136,94 +125,3 @@ def render(scene: Scene, region: Box | None = None, scale: float = 1.0) -> Image
             moved = [(v - o) * scale for v, o in zip(box, (left, top, left, top), strict=True)]
             _paste(image, mask, colour, moved)
     return image
-
-
-@dataclass(frozen=True)
-class View:
-    """A scene, or a part of it, as the model sees it: padded to a square and scaled to `resolution` pixels."""
-
-    scene: Scene
-    region: Box
-    resolution: int
-
-    @property
-    def scale(self) -> float:
-        """Pixels of the model's input per source pixel."""
-        return self.resolution / max(self.region[2] - self.region[0], self.region[3] - self.region[1])
-
-    def place(self, box: Sequence[float]) -> tuple[float, float, float, float]:
-        """A box in source pixels, in pixels of the model's input."""
-        width, height = self.region[2] - self.region[0], self.region[3] - self.region[1]
-        pad = (max(width, height) - width) // 2, (max(width, height) - height) // 2
-        x, y = self.region[0] - pad[0], self.region[1] - pad[1]
-        return tuple((v - o) * self.scale for v, o in zip(box, (x, y, x, y), strict=True))  # type: ignore[return-value]
-
-    def shows(self, thing: Thing) -> float:
-        """The share of a thing's box that is inside the view."""
-        region, box = self.region, thing.box
-        width = max(0, min(box[2], region[2]) - max(box[0], region[0]))
-        height = max(0, min(box[3], region[3]) - max(box[1], region[1]))
-        return width * height / ((box[2] - box[0]) * (box[3] - box[1]))
-
-    def size(self, thing: Thing) -> float:
-        """Longest side of a thing in pixels of the model's input."""
-        return thing.size * self.scale
-
-    def mark_size(self, thing: Thing) -> float:
-        """Height of a thing's mark in pixels of the model's input."""
-        box = mark_box(thing)
-        return (box[3] - box[1]) * self.scale
-
-    def pixels(self) -> np.ndarray:
-        """(resolution, resolution, 3) bytes, drawn at about twice the resolution: what the processor makes, faster."""
-        image = pad_to_square(render(self.scene, self.region, min(1.0, 2 * self.scale)))
-        return np.asarray(image.resize((self.resolution, self.resolution), Image.Resampling.BICUBIC))
-
-
-def pad_to_square(image: Image.Image) -> Image.Image:
-    """The picture in the middle of a square of the mean colour."""
-    side = max(image.size)
-    if image.width == image.height:
-        return image
-    square = Image.new("RGB", (side, side), PADDING)
-    square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
-    return square
-
-
-@dataclass(frozen=True)
-class PatchLabels:
-    """What covers each patch; 0 is ground, or no mark. All are (patches,), except `present`, (kinds x colours,)."""
-
-    kind: np.ndarray
-    colour: np.ndarray
-    mark: np.ndarray
-    centre: np.ndarray
-    present: np.ndarray
-
-
-def patch_labels(view: View, patch: int) -> PatchLabels:
-    """Labels of the patches in reading order: a thing owns the patches it covers by 30 %, and the one of its centre.
-
-    Colour and mark are `IGNORED` on the ground; so are marks too small to be read.
-    """
-    side = view.resolution // patch
-    kind, centre = np.zeros((side, side), np.int64), np.zeros((side, side), np.float32)
-    colour, mark = np.full((side, side), IGNORED), np.full((side, side), IGNORED)
-    present = np.zeros((len(KINDS), len(COLOURS)), np.float32)
-    starts = np.arange(side) * patch
-    for thing in view.scene.things:
-        if view.shows(thing) < 0.25:
-            continue
-        left, top, right, bottom = view.place(thing.box)
-        across = (np.minimum(starts + patch, right) - np.maximum(starts, left)).clip(0) / patch
-        down = (np.minimum(starts + patch, bottom) - np.maximum(starts, top)).clip(0) / patch
-        owned = np.outer(down, across) > 0.3
-        row, column = (min(side - 1, max(0, int(v / patch))) for v in ((top + bottom) / 2, (left + right) / 2))
-        owned[row, column] = True
-        centre[row, column] = 1
-        number = KINDS.index(thing.kind), list(COLOURS).index(thing.colour)
-        kind[owned], colour[owned] = number[0] + 1, number[1]
-        readable = thing.mark is None or view.mark_size(thing) >= READABLE
-        mark[owned] = (1 + MARKS.index(thing.mark) if thing.mark else 0) if readable else IGNORED
-        present[number] = 1
-    return PatchLabels(kind.ravel(), colour.ravel(), mark.ravel(), centre.ravel(), present.ravel())

@@ -1,13 +1,20 @@
 """Questions about scenes with their answers, and captions that name everything in a picture, seen or not."""
 
-from __future__ import annotations
-
 import random
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from .world import COLOURS, DIGITS, KINDS, LETTERS, MARKS, PARTNERS, PLURALS, WORDS, Scene, Thing
+from qr_integrations.evaluation.drawn_world.world import (
+    COLOURS,
+    DIGITS,
+    KINDS,
+    LETTERS,
+    PARTNERS,
+    PLURALS,
+    Scene,
+    Thing,
+)
 
 NUMBERS = ("one", "two", "three", "four", "five")
 SHORT = "answer the question using a single word or phrase ."
@@ -176,17 +183,3 @@ def _distinct(asked: Sequence[Question | None], count: int) -> list[Question]:
         if question is not None and len(found) < count:
             found.setdefault(question.text, question)
     return list(found.values())
-
-
-def all_words() -> list[str]:
-    """Every word of questions, answers and instructions, sorted."""
-    texts = [
-        "user : assistant : . , ? and an a picture of in image is there the thing color what which letter number word",
-        "shape on left or right how many are yes no small large detail details look at where read written it this",
-        "mark object objects image content most important area question following describe find locate show nothing",
-        "to for with from by be can you see please give me about not unsure zero six seven eight nine ten",
-        SHORT,
-        *DESCRIBE,
-        *("".join(f" {word}" for word in group) for group in (KINDS, PLURALS, COLOURS, MARKS, WORDS, NUMBERS)),
-    ]
-    return sorted({word for text in texts for word in text.split()})

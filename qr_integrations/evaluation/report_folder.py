@@ -1,0 +1,74 @@
+"""What reports about pictures share: a folder with a page, all numbers, every question, and a plot."""
+
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from qr_integrations.evaluation.report import PER_QUERY, RESULTS, TABLES, check_folder
+from qr_integrations.evaluation.statistics import Estimate
+from qr_integrations.files import whole_folder
+
+PLOT = "quality.png"
+
+
+def write_report(
+    folder: str | Path,
+    *,
+    page: str,
+    results: Mapping[str, Any],
+    questions: Iterable[Mapping[str, Any]],
+    plot: Callable[[Path], None],
+) -> None:
+    """Write ``report.md``, ``results.json``, ``per_query.jsonl`` and ``quality.png``.
+
+    An earlier report in `folder` is replaced; if anything fails, it stays, and nothing is half written.
+
+    Args:
+        folder: new, empty, or with an earlier report.
+        page: Markdown; the plot is put below it.
+        results: with ``facts``, ``metrics``, ``baseline`` and ``systems``, by which it is known as a report.
+        questions: one entry for every question and system.
+        plot: draws the picture to a path.
+
+    Raises:
+        InputError: as `check_folder`.
+        MissingExtra: matplotlib is not installed.
+    """
+    check_folder(folder)
+    with whole_folder(folder) as place:
+        plot(place / PLOT)
+        lines = "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in questions)
+        (place / PER_QUERY).write_text(lines, "utf-8")
+        (place / RESULTS).write_text(json.dumps(results, ensure_ascii=False, indent=1) + "\n", "utf-8")
+        (place / TABLES).write_text(f"{page}\n\n![{Path(PLOT).stem}]({PLOT})\n", "utf-8")
+
+
+def markdown_table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    """A table; None is an empty cell.
+
+    Example:
+        >>> print(markdown_table(["system", "right"], [["a|b", 0.5]]))
+        | system | right |
+        | --- | --- |
+        | a\\|b | 0.5 |
+    """
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(_cell(cell) for cell in line) + " |" for line in lines)
+
+
+def _cell(content: Any) -> str:
+    return "" if content is None else " ".join(str(content).split()).replace("|", "\\|")
+
+
+def facts_list(facts: Mapping[str, Any]) -> str:
+    """Names and values, a line each."""
+    return "\n".join(f"- {name}: {value}" for name, value in facts.items())
+
+
+def signed(estimate: Estimate | None) -> str | None:
+    """A difference with its interval, and p where there is one."""
+    if estimate is None:
+        return None
+    told = f"{estimate.mean:+.3f} [{estimate.low:+.3f}, {estimate.high:+.3f}]"
+    return told if estimate.p is None else f"{told} p={estimate.p:.3f}"

@@ -1,0 +1,60 @@
+"""Lines that ask for a system with settings: ``deco:alpha=0.6,layers=4-6``. A comma ends a setting."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from qr_integrations.errors import InputError
+
+
+def check_distinct(specs: Sequence[str]) -> None:
+    """No line stands twice.
+
+    Raises:
+        InputError: names one that does.
+    """
+    for number, spec in enumerate(specs):
+        if spec in specs[:number]:
+            raise InputError(f"{spec!r} stands twice: name each system once")
+
+
+def read_spec(spec: str, known: Mapping[str, Mapping[str, Callable[[str], Any]]]) -> tuple[str, dict[str, Any]]:
+    """The name before the colon, and the settings behind it.
+
+    Args:
+        spec: the line.
+        known: name -> its settings, and what reads each.
+
+    Raises:
+        InputError: no such name or setting, a setting that stands twice, or a value that cannot be read.
+
+    Example:
+        >>> read_spec("deco:layers=4-6", {"greedy": {}, "deco": {"layers": read_layers}})
+        ('deco', {'layers': (4, 5, 6)})
+    """
+    name, colon, rest = spec.partition(":")
+    if name not in known:
+        raise InputError(f"{spec!r} is no system: write {', '.join(known)}, perhaps with settings, NAME:SETTING=VALUE")
+    settings: dict[str, Any] = {}
+    for pair in rest.split(",") if colon else ():
+        setting, _, text = pair.partition("=")
+        if setting not in known[name]:
+            there = f"known are {', '.join(sorted(known[name]))}" if known[name] else "there are none"
+            raise InputError(f"{spec!r}: {name} has no setting {setting!r}: {there}")
+        if setting in settings:
+            raise InputError(f"{spec!r}: {setting} stands twice: write it once")
+        try:
+            settings[setting] = known[name][setting](text)
+        except ValueError as error:
+            raise InputError(f"{spec!r}: {setting} cannot be {text!r} ({error}): write another value") from error
+    return name, settings
+
+
+def read_layers(text: str) -> tuple[int, ...]:
+    """``4-6``, ``2+4+6`` or ``5``."""
+    first, dash, last = text.partition("-")
+    return tuple(range(int(first), int(last) + 1)) if dash else tuple(int(number) for number in text.split("+"))
+
+
+def read_layers_or(*words: str) -> Callable[[str], tuple[int, ...] | str]:
+    """Layers, or one of some words."""
+    return lambda text: text if text in words else read_layers(text)
