@@ -146,11 +146,13 @@ def answer(
     seconds: dict[str, float] = {}
     conversation, read = as_messages(messages), None
     with backend.locked():
+        _check_listener(gone)
         if crop is not None and any(message.pictures for message in conversation):
             started = time.perf_counter()
             cropped = crop.crop(backend, conversation)
             conversation, steps["crop"], read = cropped.messages, cropped.record, cropped.read
             seconds["crop"] = time.perf_counter() - started
+            _check_listener(gone)
         prompt = lay_out(backend, conversation)
         listener = Listener(backend.tokenizer, len(prompt), generation.stop, emit, gone)
         started = time.perf_counter()
@@ -169,6 +171,15 @@ def answer(
     ended = stopped or (len(token_ids) > 0 and int(token_ids[-1]) in _end_tokens(config))
     usage = Usage(len(prompt), len(token_ids))
     return Answer(text, "stop" if ended else "length", usage, steps, seconds)
+
+
+class _Gone(Exception):
+    """Nobody listens any more. Raised in the generation's own thread, and read by nobody."""
+
+
+def _check_listener(gone: Callable[[], bool]) -> None:
+    if gone():
+        raise _Gone
 
 
 def _generate(

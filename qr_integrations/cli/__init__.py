@@ -155,8 +155,9 @@ def _add_look(commands: Any) -> None:
         epilog=_LOOK_NOTES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    look.add_argument("image", metavar="IMAGE", help="a file, or an address with --allow-urls")
-    look.add_argument("question", metavar="QUESTION", help="what is asked about it")
+    look.add_argument("image", nargs="?", metavar="IMAGE", help="a file, or an address with --allow-urls")
+    look.add_argument("question", nargs="?", metavar="QUESTION", help="what is asked about it")
+    look.add_argument("--example", action="store_true", help="draw a picture, example.png, and ask about that")
     look.add_argument(
         "--method",
         choices=["relative", "gradient", "input_gradient"],
@@ -165,7 +166,12 @@ def _add_look(commands: Any) -> None:
         "or gradient of the pixels",
     )
     look.add_argument("--layers", metavar="N", help="whose attention is read, from 0, or all (default: published one)")
-    look.add_argument("--base", type=int, metavar="N", help="side of the smallest crop in pixels (default: published)")
+    look.add_argument(
+        "--base",
+        type=float,
+        metavar="N",
+        help="side of the smallest crop in pixels, or as a share of the picture below 1 (default: the model's)",
+    )
     look.add_argument("--high-resolution", action="store_true", help="look at tiles of at most 1,024 pixels one by one")
     look.add_argument(
         "--min-lift", type=float, default=0.0, metavar="X", help="no crop that stands out less (default: 0, always one)"

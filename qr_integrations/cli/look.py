@@ -17,17 +17,22 @@ from rich.text import Text
 from qr_integrations.cli import screen, seeing
 from qr_integrations.cropping import Look, ViCrop
 from qr_integrations.errors import InputError
+from qr_integrations.evaluation.drawn_world import held_out_scene, render, resized
+from qr_integrations.evaluation.drawn_world.world import LETTERS
 from qr_integrations.files import write_whole
 from qr_integrations.types import Answer, Message
 
 _FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG"}
+_EXAMPLES, _SMALL = 5000, 0.08  # scenes from that number on; the share of the picture that is asked about
 _SIDE, _GAP = 1280, 8  # pixels: the longest side of what is drawn, and between map and crop
 
 
 def run(args: argparse.Namespace) -> int:
     """Answer twice, draw where was looked, print. What fails for its arguments does so before the long work."""
-    if not args.question.strip():
-        raise InputError("the question is empty: ask for something in the picture")
+    if args.example:
+        args.image, args.question = _draw_example()
+    if not args.image or not (args.question or "").strip():
+        raise InputError("nothing to look at: pass a picture and a question, or --example")
     crop, deco, longest = _second_look(args), seeing.deco_of(args), seeing.max_new_tokens_of(args)
     picture = seeing.open_named(args.image, allow_urls=args.allow_urls)
     out = _checked_out(args.out, args.image)
@@ -60,6 +65,15 @@ def _second_look(args: argparse.Namespace) -> ViCrop:
         high_resolution=args.high_resolution,
         min_lift=args.min_lift,
     )
+
+
+def _draw_example() -> tuple[str, str]:
+    """Draws a scene with something small to read, and asks for it."""
+    number = next(n for n in range(_EXAMPLES, 2 * _EXAMPLES) if held_out_scene(n).things[0].mark in LETTERS)
+    scene = resized(held_out_scene(number), 0, _SMALL)
+    path = Path("example.png")
+    write_whole(path, _encoded(render(scene), path))
+    return str(path), f"What letter is on the {scene.things[0].name}?"
 
 
 # ---- what is written

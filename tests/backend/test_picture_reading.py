@@ -20,7 +20,7 @@ from qr_integrations.backend.picture_reading import (
     read_pictures,
 )
 from qr_integrations.errors import HeadError, InputError, UnsupportedModelError
-from qr_integrations.types import Message, Span
+from qr_integrations.types import Message
 from tests.backend.found_pictures import TALL, WIDE, noise
 from tests.backend.seeing import (
     OTHER,
@@ -303,10 +303,3 @@ def test_text_alone_has_no_pixels() -> None:
     opened = backend("llava")
     with pytest.raises(InputError, match="one square of pixels"):
         pixel_gradients(opened, opened.lay_out(QUESTION))
-
-
-def test_rows_of_a_prefix_are_counted_from_its_start() -> None:
-    opened = backend("llava")
-    prompt = opened.lay_out(seen(1))
-    (picture,) = find_pictures(opened, prompt)
-    assert Span(picture.start, picture.stop) == Span(prompt.token_ids.index(4), prompt.token_ids.index(4) + 16)

@@ -3,6 +3,7 @@
 import asyncio
 import time
 from collections.abc import Awaitable, Callable, Iterator, Sequence
+from io import BytesIO
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -11,6 +12,7 @@ from llama_index.core.instrumentation import get_dispatcher
 from llama_index.core.instrumentation.event_handlers import BaseEventHandler
 from llama_index.core.instrumentation.events import BaseEvent
 from llama_index.core.schema import NodeRelationship, NodeWithScore, RelatedNodeInfo, TextNode
+from PIL import Image
 
 if TYPE_CHECKING:
     from qr_integrations.llama_index import QRRerank
@@ -114,3 +116,31 @@ def heartbeat() -> Callable[[Awaitable[Any]], Any]:
         return result, len(ticks), ticks[-1] - ticks[0], max(pauses)
 
     return lambda work: asyncio.run(beside_a_clock(work))
+
+
+@pytest.fixture(scope="session")
+def picture() -> Image.Image:
+    """A drawn scene."""
+    from qr_integrations.evaluation.drawn_world import held_out_scene, render
+
+    return render(held_out_scene(0))
+
+
+@pytest.fixture(scope="session")
+def png(picture: Image.Image) -> bytes:
+    """The scene as a file."""
+    file = BytesIO()
+    picture.save(file, "PNG")
+    return file.getvalue()
+
+
+@pytest.fixture
+def make_llm(qr_mini_vl: Any) -> Callable[..., Any]:
+    """A class's LLM around the bundled model, with short answers."""
+
+    def made(name: str = "ViCropLLM", **settings: Any) -> Any:
+        from qr_integrations import llama_index
+
+        return getattr(llama_index, name)(backend=qr_mini_vl, **{"max_new_tokens": 4, **settings})
+
+    return made
