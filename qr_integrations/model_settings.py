@@ -29,27 +29,39 @@ LOADING = (
 )
 
 
-class _Opened:
-    """The backends that were opened by name, by their settings. Copies share them, a pickle leaves them out."""
+class OpenedModels:
+    """The backends that an adapter opened by name, by their settings. Its copies share them, a pickle leaves them out.
+
+    Attributes:
+        backends: by name and how they were loaded.
+        lock: held while anything here is read or changed.
+    """
 
     def __init__(self) -> None:
         self.backends: dict[str, Backend] = {}
         self.lock = Lock()
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> "_Opened":
+    def forget(self) -> "list[Backend]":
+        """Keep nothing any more; returns the backends."""
+        with self.lock:
+            opened = list(self.backends.values())
+            self.backends.clear()
+            return opened
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "OpenedModels":
         return self
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Opened)  # of two adapters the settings are compared
+        return isinstance(other, OpenedModels)  # of two adapters the settings are compared
 
     __hash__ = None  # type: ignore[assignment]
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _Opened, ()
+        return type(self), ()
 
 
-class ModelSettings(BaseModel):
-    """Which model, and how to load it; all of it but `backend` can be JSON.
+class LoadSettings(BaseModel):
+    """Which model, and how to load it; all of it but `backend` can be JSON. Subclasses say what `open` makes of it.
 
     Attributes:
         model: a bundled name, a folder, or a hub id. It is loaded on first use, once per process.
@@ -72,7 +84,7 @@ class ModelSettings(BaseModel):
     trust_remote_code: bool = False
     model_kwargs: dict[str, Any] | None = None
 
-    _opened: _Opened = PrivateAttr(default_factory=_Opened)
+    _opened: OpenedModels = PrivateAttr(default_factory=OpenedModels)
 
     @field_validator("model", mode="before")
     @classmethod
@@ -85,10 +97,13 @@ class ModelSettings(BaseModel):
         return str(dtype).removeprefix("torch.")
 
     @model_validator(mode="after")
-    def _one_model(self) -> "ModelSettings":
+    def _one_model(self) -> "LoadSettings":
         if self.backend is None:
             if self.model is None:
-                raise InputError("no model: pass model=, a bundled name, a folder or a hub id, or backend=")
+                raise InputError(
+                    "no model: pass model='qr-mini' or 'qr-mini-vl' (bundled), a folder or a hub id, "
+                    "or backend=Backend.load(...)"
+                )
             return self
         self._check_backend()
         defaults = {name: type(self).model_fields[name].default for name in LOADING}
@@ -121,13 +136,7 @@ class ModelSettings(BaseModel):
         state: dict[str, Any] = super().__getstate__()
         return {**state, "__dict__": {**state["__dict__"], "backend": None}}
 
-    def open(self) -> "Backend":
-        """The model behind the adapter; the first call loads it.
-
-        Raises:
-            LoadError: it cannot be loaded.
-            ClosedError: the backend that was given is closed.
-        """
+    def _open_backend(self) -> "Backend":
         from qr_integrations.backend import Backend
 
         if self.backend is not None:
@@ -148,8 +157,19 @@ class ModelSettings(BaseModel):
 
         A model given by name is loaded again when it is next used.
         """
-        with self._opened.lock:
-            opened = list(self._opened.backends.values())
-            self._opened.backends.clear()
+        opened = self._opened.forget()
         for backend in opened if self.backend is None else [self.backend]:
             backend.close()
+
+
+class ModelSettings(LoadSettings):
+    """The settings of an adapter that uses the model itself; attributes are those of `LoadSettings`."""
+
+    def open(self) -> "Backend":
+        """The model behind the adapter; the first call loads it.
+
+        Raises:
+            LoadError: it cannot be loaded.
+            ClosedError: the backend that was given is closed.
+        """
+        return self._open_backend()

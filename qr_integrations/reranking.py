@@ -9,39 +9,24 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from threading import Lock
 from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, field_validator, model_validator
+from pydantic import ConfigDict, Field, PrivateAttr, field_validator, model_validator
 
 from qr_integrations.errors import InputError
+from qr_integrations.model_settings import LoadSettings, OpenedModels
 from qr_integrations.types import Document, Ranking, ScoredSpan
 
 if TYPE_CHECKING:
+    from qr_integrations.backend import Backend
     from qr_integrations.retrieval.reranker import AttentionReranker
 
 RELEVANCE_SCORE, RETRIEVAL_SCORE, SPANS = "relevance_score", "retrieval_score", "qr_spans"
 OWN_KEYS = ("qr_score", "qr_score_type", "qr_rank", "qr_truncated", SPANS)
-SETTINGS = ConfigDict(
-    arbitrary_types_allowed=True,
-    extra="forbid",  # a typo is an error
-    validate_assignment=True,
-    protected_namespaces=(),
-)
+SETTINGS: ConfigDict = {**LoadSettings.model_config, "extra": "forbid"}  # a typo is an error
 Normalize = Literal["share", "sigmoid"] | Callable[[list[float]], Sequence[float]]
 
 _KEPT_RERANKERS = 4  # of one adapter and its copies, whose settings may differ
-_LOADING = (
-    "device",
-    "dtype",
-    "device_map",
-    "revision",
-    "quantization",
-    "attn_implementation",
-    "local_files_only",
-    "trust_remote_code",
-    "model_kwargs",
-)
 _RANKING = (
     "prompt",
     "instruction",
@@ -86,48 +71,40 @@ class Relevance:
         return keys if self.spans is None else {**keys, SPANS: [span.as_dict() for span in self.spans]}
 
 
-class _Opened:
-    """The rerankers made of an adapter's settings. Its copies share them, a pickle leaves them out."""
+class _Opened(OpenedModels):
+    """Also the rerankers made of the backends."""
 
     def __init__(self) -> None:
-        self._rerankers: dict[str, AttentionReranker] = {}
-        self._lock = Lock()
+        super().__init__()
+        self.rerankers: dict[str, AttentionReranker] = {}
 
     def get(self, key: str) -> "AttentionReranker | None":
-        """The one for these settings, unless its backend was closed."""
-        with self._lock:
-            known = self._rerankers.get(key)
-            return None if known is None or known.backend.closed else known
+        """The one for these settings."""
+        with self.lock:
+            return self.rerankers.get(key)
 
     def keep(self, key: str, made: "AttentionReranker") -> "AttentionReranker":
-        """Keep it, and drop the oldest; of several threads that made one, all go on with the first."""
-        with self._lock:
-            known = self._rerankers.pop(key, made)
-            self._rerankers[key] = known = made if known.backend.closed else known
-            for old in list(self._rerankers)[:-_KEPT_RERANKERS]:
-                del self._rerankers[old]
+        """Keep it, and drop the oldest and the closed; of several threads that made one, all go on with the first."""
+        with self.lock:
+            known = self.rerankers.setdefault(key, made)
+            usable = [name for name, reranker in self.rerankers.items() if not reranker.backend.closed]
+            for name in self.rerankers.keys() - set(usable[-_KEPT_RERANKERS:]):
+                del self.rerankers[name]
             return known
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> "_Opened":
-        return self
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Opened)  # of two adapters the settings are compared
-
-    __hash__ = None  # type: ignore[assignment]
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _Opened, ()
+    def forget(self) -> "list[Backend]":
+        """Keep nothing any more; returns the backends."""
+        with self.lock:
+            self.rerankers.clear()
+        return super().forget()
 
 
-class RerankSettings(BaseModel):
+class RerankSettings(LoadSettings):
     """How to rank. The same names in both frameworks; all of it, but for a function as `normalize`, can be JSON.
 
     Attributes:
-        model: a bundled name (``"qr-mini"``), a folder, or a hub id. It is loaded on first use, once per process.
-        backend: a loaded `Backend`, instead of `model`.
-        device, dtype, device_map, revision, quantization, attn_implementation, local_files_only, trust_remote_code,
-            model_kwargs: for loading `model`, see `Backend.load`.
+        model, backend, device, dtype, device_map, revision, quantization, attn_implementation, local_files_only,
+            trust_remote_code, model_kwargs: see `LoadSettings`.
         method: ``"qrhead"``, or ``"icr"`` for all heads and ICR's prompt.
         heads: ``"auto"``, ``"all"``, a file, a `HeadSet`, or ``(layer, head)`` pairs.
         prompt, instruction, null_instruction, calibrated, truncation, max_doc_tokens, max_context_tokens, batch_size,
@@ -146,17 +123,6 @@ class RerankSettings(BaseModel):
 
     model_config = SETTINGS
 
-    model: str | None = None
-    backend: Any = Field(default=None, exclude=True, repr=False)
-    device: str = "auto"
-    dtype: str = "auto"
-    device_map: Any = None
-    revision: str | None = None
-    quantization: Any = None
-    attn_implementation: str | None = None
-    local_files_only: bool = False
-    trust_remote_code: bool = False
-    model_kwargs: dict[str, Any] | None = None
     method: Literal["qrhead", "icr"] = "qrhead"
     heads: str | list[tuple[int, int]] = "auto"
     prompt: str | None = None
@@ -178,16 +144,6 @@ class RerankSettings(BaseModel):
 
     _opened: _Opened = PrivateAttr(default_factory=_Opened)
 
-    @field_validator("model", mode="before")
-    @classmethod
-    def _model_is_a_name(cls, model: Any) -> Any:
-        return str(model) if isinstance(model, Path) else model
-
-    @field_validator("dtype", mode="before")
-    @classmethod
-    def _dtype_is_a_name(cls, dtype: Any) -> Any:
-        return str(dtype).removeprefix("torch.")
-
     @field_validator("prompt")
     @classmethod
     def _prompt_has_a_place(cls, prompt: str | None) -> str | None:
@@ -201,47 +157,16 @@ class RerankSettings(BaseModel):
         return str(heads) if isinstance(heads, Path) else getattr(heads, "heads", heads)
 
     @model_validator(mode="after")
-    def _one_model(self) -> "RerankSettings":
+    def _icr_reads_all_heads(self) -> "RerankSettings":
         if self.method == "icr" and self.heads not in ("auto", "all"):
             raise InputError(f"ICR reads all heads, heads={self.heads!r} have no effect: leave out heads or method")
-        if self.backend is None:
-            if self.model is None:
-                raise InputError(
-                    "no model: pass model='qr-mini' (bundled), a folder or a hub id, or backend=Backend.load(...)"
-                )
-            return self
-        self._check_backend()
-        defaults = {name: type(self).model_fields[name].default for name in _LOADING}
-        loaded = {name: (self.backend.load_arguments or defaults)[name] for name in _LOADING}
-        other = [name for name in _LOADING if name in self.model_fields_set and getattr(self, name) != loaded[name]]
-        if other:
-            raise InputError(f"the backend is loaded already: leave out {', '.join(other)}, or pass model=... instead")
-        self.__dict__.update(loaded, model=self.backend.name)  # past the validators, of which this is one
         return self
 
-    def _check_backend(self) -> None:
-        from qr_integrations.backend import Backend
-
-        if not isinstance(self.backend, Backend):
-            raise InputError(
-                f"the backend is a {type(self.backend).__name__}: pass what Backend.load(...) returns, or model='name'"
-            )
-        if self.model not in (None, self.backend.name):
-            raise InputError(f"model={self.model!r} and a backend of {self.backend.name!r}: pass one of the two")
-
-    def __repr_args__(self) -> Iterator[tuple[str | None, Any]]:
-        """What differs from the defaults."""
-        fields = type(self).model_fields
-        return ((n, v) for n, v in super().__repr_args__() if n not in fields or v != fields[n].default)
-
     def __getstate__(self) -> dict[str, Any]:
-        """Without the backend: what is needed to load it again stands in the settings."""
-        if self.backend is not None and self.backend.load_arguments is None:
-            self.backend.__reduce__()  # says why it cannot be
-        state: dict[str, Any] = super().__getstate__()
+        state = super().__getstate__()
         if "normalize" not in state["__dict__"]:  # LlamaIndex drops what cannot be pickled
             raise InputError("normalize is a function that cannot be pickled: pass one defined at a module's top level")
-        return {**state, "__dict__": {**state["__dict__"], "backend": None}}
+        return state
 
     def title_of(self, metadata: Mapping[str, Any]) -> str | None:
         """The title under `title_key`, if there is one."""
@@ -255,18 +180,13 @@ class RerankSettings(BaseModel):
             LoadError: the model cannot be loaded.
             HeadError: no heads are known for it.
         """
-        names = ("model", *_LOADING, "method", "heads", *_RANKING)
-        key = repr([(name, getattr(self, name)) for name in names]) + str(id(self.backend))
-        return self._opened.get(key) or self._opened.keep(key, self._make())
+        backend = self._open_backend()
+        key = f"{id(backend)} {[getattr(self, name) for name in ('method', 'heads', *_RANKING)]!r}"
+        return self._opened.get(key) or self._opened.keep(key, self._make(backend))
 
-    def _make(self) -> "AttentionReranker":
-        from qr_integrations.backend import Backend
+    def _make(self, backend: "Backend") -> "AttentionReranker":
         from qr_integrations.retrieval import ICRReranker, QRHeadReranker
 
-        if self.backend is not None:
-            self._check_backend()  # a copy may have been given another model
-        assert self.model is not None
-        backend = self.backend or Backend.load(self.model, **{name: getattr(self, name) for name in _LOADING})
         options = {name: getattr(self, name) for name in _RANKING}
         if self.method == "icr":
             return ICRReranker(backend, **options)

@@ -1,11 +1,13 @@
 """What all adapters share: settings, scales, and a reranker that is made once, without a framework around it."""
 
 import copy
+import gc
 import json
 import math
 import pickle
 import sys
 import threading
+import weakref
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -282,6 +284,24 @@ def test_threads_with_copies_get_the_reranker_of_their_own_settings(qr_mini: Any
     finally:
         sys.setswitchinterval(interval)
     assert opened == [str(i % 4) for i in range(800)]
+
+
+def test_closing_lets_go_of_the_weights_and_of_what_read_with_them(qr_mini: Any) -> None:
+    from qr_integrations.reranking import RerankSettings
+
+    adapter = RerankSettings(model="qr-mini", local_files_only=True)  # weights of its own: other tests use qr-mini
+    adapter.close()  # nothing was loaded
+    before = adapter.scores(QUERY, documents())
+    backends = []
+    for close in (adapter.close, lambda: adapter.open().backend.close()):
+        backends.append(adapter.open().backend)
+        old = weakref.ref(adapter.open())
+        close()
+        assert backends[-1].closed and adapter.scores(QUERY, documents()) == pytest.approx(before, abs=1e-6)
+        gc.collect()
+        assert old() is None
+    assert adapter.open().backend not in backends and not qr_mini.closed
+    adapter.close()
 
 
 # ---- copies, pickles, JSON

@@ -21,8 +21,9 @@ from qr_integrations.evaluation.hallucination import (
 from qr_integrations.evaluation.object_names import LabelledPicture
 from qr_integrations.evaluation.picture_plots import plot_estimates
 from qr_integrations.evaluation.ratios import Counts, estimates, per_picture, ratio, ratio_difference
-from qr_integrations.evaluation.report_folder import facts_list, markdown_table, signed, write_report
+from qr_integrations.evaluation.report_folder import write_report
 from qr_integrations.evaluation.statistics import Estimate, interval
+from qr_integrations.evaluation.tables import facts_list, markdown_table, signed_with_p
 
 CAPTIONS = "captions"
 _NOTES = {
@@ -180,7 +181,7 @@ def _parts(report: HallucinationReport) -> Iterator[str]:
         rows = [[one.name, *(_told(one.measured[kind].get(name), name) for name in metrics)] for one in report.systems]
         yield markdown_table(["decoder", *metrics], rows)
         others = [
-            [one.name, *(signed(one.against[kind].get(name)) for name in metrics)]
+            [one.name, *(signed_with_p(one.against[kind].get(name)) for name in metrics)]
             for one in report.systems
             if one.against
         ]

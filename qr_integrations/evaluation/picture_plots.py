@@ -2,16 +2,12 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from qr_integrations.evaluation.pictures import SIZE, SystemAccuracy
-from qr_integrations.evaluation.plots import require_matplotlib
+from qr_integrations.evaluation.plots import colour_of, legend_beside, means_and_spread, new_figure
 from qr_integrations.evaluation.statistics import Estimate
-
-# told apart without colour vision too (Okabe and Ito)
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 
 _APART = 0.025  # of a size, so that no system hides another
 
@@ -25,14 +21,13 @@ def plot_by_size(systems: Sequence[SystemAccuracy], path: str | Path) -> None:
     if SIZE not in systems[0].accuracy:
         plot_estimates({"accuracy": {system.name: system.accuracy["all"]["all"] for system in systems}}, path)
         return
-    figure = _figure((7.0, 4.2))
+    figure = new_figure((7.0, 4.2))
     axis = figure.subplots()
     for number, system in enumerate(systems):
         found = system.accuracy[SIZE]
-        sizes, colour = [100 * float(name) for name in found], _COLOURS[number % len(_COLOURS)]
-        means, lows, highs = np.array([[one.mean, one.low, one.high] for one in found.values()]).T
+        sizes, colour = [100 * float(name) for name in found], colour_of(number)
+        means, spread = means_and_spread(found.values())
         beside = np.array(sizes) * (1 + _APART * (number - len(systems) / 2))
-        spread = np.maximum(0.0, [means - lows, highs - means])  # rounding alone can put a mean outside
         axis.errorbar(beside, means, yerr=spread, marker="o", capsize=2, linewidth=1, color=colour, label=system.name)
     axis.set_xscale("log")
     axis.set_xticks(sizes, [f"{size:g}" for size in sizes])
@@ -41,7 +36,7 @@ def plot_by_size(systems: Sequence[SystemAccuracy], path: str | Path) -> None:
         xlabel="longest side of what is asked about, % of the picture's", ylabel="right answers", ylim=(-0.02, 1.02)
     )
     axis.grid(alpha=0.3)
-    axis.legend(frameon=False, fontsize="small", loc="upper left", bbox_to_anchor=(1.01, 1.0))
+    legend_beside(figure)
     figure.savefig(path, bbox_inches="tight")
 
 
@@ -52,22 +47,16 @@ def plot_estimates(panels: Mapping[str, Mapping[str, Estimate]], path: str | Pat
         MissingExtra: matplotlib is not installed.
     """
     names = list(dict.fromkeys(name for found in panels.values() for name in found))
-    figure = _figure((1.5 + 2.6 * len(panels), 1.2 + 0.4 * len(names)))
+    figure = new_figure((1.5 + 2.6 * len(panels), 1.2 + 0.4 * len(names)))
     for axis, (metric, found) in zip(
         figure.subplots(1, len(panels), sharey=True, squeeze=False)[0], panels.items(), strict=True
     ):
-        for name, one in found.items():
-            spread = np.maximum(0.0, [[one.mean - one.low], [one.high - one.mean]])  # rounding can put a mean outside
-            axis.errorbar([one.mean], [names.index(name)], xerr=spread, fmt="o", capsize=3, color=_COLOURS[0])
+        if found:
+            means, spread = means_and_spread(found.values())
+            places = [names.index(name) for name in found]
+            axis.errorbar(means, places, xerr=spread, fmt="o", capsize=3, color=colour_of(0))
         axis.set(xlabel=metric, ylim=(-0.6, len(names) - 0.4))
         axis.grid(axis="x", alpha=0.3)
     figure.axes[0].set_yticks(range(len(names)), names)
     figure.axes[0].invert_yaxis()
     figure.savefig(path, bbox_inches="tight")
-
-
-def _figure(size: tuple[float, float]) -> Any:
-    require_matplotlib()
-    from matplotlib.figure import Figure
-
-    return Figure(figsize=size, dpi=120)

@@ -9,7 +9,8 @@ from typing import Any
 from qr_integrations.evaluation.picture_plots import plot_by_size
 from qr_integrations.evaluation.picture_questions import PictureQuestion
 from qr_integrations.evaluation.pictures import ALL, SIZE, SKILL, PictureRun, SystemAccuracy
-from qr_integrations.evaluation.report_folder import facts_list, markdown_table, signed, write_report
+from qr_integrations.evaluation.report_folder import write_report
+from qr_integrations.evaluation.tables import facts_list, markdown_table, signed_with_p
 
 _INTERVALS = (
     "Shares of right answers with bootstrap intervals at 95 %; scenes, or files, are drawn with all their questions: "
@@ -116,7 +117,10 @@ def _differences(report: PictureReport, baseline: str) -> str:
     """A row for every size, every skill and all together, a column for every other system."""
     others = [system for system in report.systems if baseline in system.against]
     rows = [
-        [name if kind != SIZE else f"size {name}", *(signed(one.against[baseline][kind].get(name)) for one in others)]
+        [
+            name if kind != SIZE else f"size {name}",
+            *(signed_with_p(one.against[baseline][kind].get(name)) for one in others),
+        ]
         for kind in (SIZE, SKILL, ALL)
         for name in others[0].against[baseline].get(kind, ())
     ]

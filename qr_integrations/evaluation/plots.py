@@ -1,6 +1,7 @@
 """Pictures of what was measured."""
 
 import math
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +35,8 @@ def plot_heads(
         MissingExtra: matplotlib is not installed.
     """
     layers, heads = grid.shape
-    figure = _figure((max(4.0, min(16.0, 1.8 + 0.32 * heads)), max(3.0, min(16.0, 1.4 + 0.3 * layers))))
-    from matplotlib.patches import Rectangle  # after _figure, which says so where matplotlib is missing
+    figure = new_figure((max(4.0, min(16.0, 1.8 + 0.32 * heads)), max(3.0, min(16.0, 1.4 + 0.3 * layers))))
+    from matplotlib.patches import Rectangle  # after new_figure, which says so where matplotlib is missing
 
     axis = figure.subplots()
     image = axis.imshow(grid, cmap="viridis", aspect="auto", origin="lower", interpolation="nearest")
@@ -50,25 +51,24 @@ def plot_heads(
 def plot_quality(report: Report, path: str | Path) -> None:
     """Every system's quality by the first metric in each order, with intervals."""
     metric, orders = report.metrics[0], list(report.systems[0].quality)
-    figure = _figure((7.0, 1.2 + 0.45 * len(report.systems)))
+    figure = new_figure((7.0, 1.2 + 0.45 * len(report.systems)))
     axis = figure.subplots()
     for number, order in enumerate(orders):
         found = [system.quality[order][metric] for system in report.systems]
         places = np.arange(len(found)) + (number - (len(orders) - 1) / 2) * 0.25
-        means, lows, highs = np.array([[one.mean, one.low, one.high] for one in found]).T
-        spread = np.maximum(0.0, [means - lows, highs - means])  # rounding alone can put a mean outside
-        axis.errorbar(means, places, xerr=spread, fmt="o", capsize=3, color=_COLOURS[number], label=ORDERS[order])
+        means, spread = means_and_spread(found)
+        axis.errorbar(means, places, xerr=spread, fmt="o", capsize=3, color=colour_of(number), label=ORDERS[order])
     axis.set_yticks(range(len(report.systems)), [_shortened(system.name) for system in report.systems])
     axis.set(xlabel=f"{metric}, mean and 95 % interval", ylim=(-0.6, len(report.systems) - 0.4))
     axis.invert_yaxis()
     axis.grid(axis="x", alpha=0.3)
-    _legend_beside(figure)
+    legend_beside(figure)
     figure.savefig(path, bbox_inches="tight")
 
 
 def plot_biases(report: Report, path: str | Path) -> None:
     """The rank that irrelevant documents get, by their place in the prompt and by their length."""
-    figure = _figure((9.0, 3.6))
+    figure = new_figure((9.0, 3.6))
     for axis, kind, ends in zip(
         figure.subplots(1, 2, sharey=True),
         ("position", "length"),
@@ -79,26 +79,26 @@ def plot_biases(report: Report, path: str | Path) -> None:
             bias: Bias | None = getattr(system, kind)
             if bias is not None:
                 curve = [math.nan if rank is None else rank for rank in bias.curve]
-                axis.plot(range(BINS), curve, marker="o", color=_colour(number), label=_shortened(system.name))
+                axis.plot(range(BINS), curve, marker="o", color=colour_of(number), label=_shortened(system.name))
         axis.axhline(0.5, color="grey", linewidth=0.8)
         axis.set_xticks([0, BINS - 1], ends)
         axis.set(title=kind)
         axis.grid(axis="y", alpha=0.3)
     figure.axes[0].set_ylabel("mean rank of irrelevant\ndocuments, 1 is the top")
-    _legend_beside(figure)
+    legend_beside(figure)
     figure.savefig(path, bbox_inches="tight")
 
 
 def plot_pareto(report: Report, path: str | Path) -> None:
     """Quality against time for numbers of heads and exit layers; what nothing beats is joined by a line."""
-    figure = _figure((7.0, 4.2))
+    figure = new_figure((7.0, 4.2))
     axis = figure.subplots()
     for number, count in enumerate(sorted({point.heads for point in report.sweep})):
         some = [point for point in report.sweep if point.heads == count]
         seconds, found = [1000 * point.seconds for point in some], [point.shuffled.mean for point in some]
         label = f"{count} heads" if count > 1 else "1 head"
         rings = {"marker": "o", "fillstyle": "none", "linestyle": "", "markersize": 5 + 2 * number}
-        axis.plot(seconds, found, color=_colour(number), label=label, **rings)
+        axis.plot(seconds, found, color=colour_of(number), label=label, **rings)
     best = sorted((point for point in report.sweep if point.best), key=lambda point: (point.seconds, point.heads))
     axis.plot([1000 * p.seconds for p in best], [p.shuffled.mean for p in best], color="grey", zorder=0)
     for point in best:
@@ -112,24 +112,24 @@ def plot_pareto(report: Report, path: str | Path) -> None:
     axis.set(xlabel="milliseconds to rank a new list", ylabel=f"{report.metrics[0]}, shuffled")
     axis.margins(x=0.1)
     axis.grid(alpha=0.3)
-    _legend_beside(figure)
+    legend_beside(figure)
     figure.savefig(path, bbox_inches="tight")
 
 
 def plot_lengths(report: Report, path: str | Path) -> None:
     """Recall against length, one line per system: any piece of evidence, and all of it."""
-    figure = _figure((9.0, 3.6))
+    figure = new_figure((9.0, 3.6))
     for axis, kind in zip(figure.subplots(1, 2, sharey=True), ("any", "all"), strict=True):
         for number, name in enumerate(dict.fromkeys(point.system for point in report.lengths)):
             some = [point for point in report.lengths if point.system == name]
             found: list[Estimate] = [getattr(point, f"recall_{kind}") for point in some]
-            lengths, colour = [point.num_tokens for point in some], _colour(number)
+            lengths, colour = [point.num_tokens for point in some], colour_of(number)
             axis.plot(lengths, [one.mean for one in found], marker="o", color=colour, label=_shortened(name))
             axis.fill_between(lengths, [one.low for one in found], [one.high for one in found], color=colour, alpha=0.1)
         axis.set(xlabel="tokens", title=f"{kind} evidence found", ylim=(-0.02, 1.02))
         axis.grid(alpha=0.3)
     figure.axes[0].set_ylabel(f"recall@{report.lengths[0].at}")
-    _legend_beside(figure)
+    legend_beside(figure)
     figure.savefig(path, bbox_inches="tight")
 
 
@@ -139,10 +139,15 @@ def require_matplotlib() -> None:
     Raises:
         MissingExtra: matplotlib is not installed.
     """
-    _figure((1.0, 1.0))
+    new_figure((1.0, 1.0))
 
 
-def _figure(size: tuple[float, float]) -> Any:
+def new_figure(size: tuple[float, float]) -> Any:
+    """An empty matplotlib figure of this width and height in inches.
+
+    Raises:
+        MissingExtra: matplotlib is not installed.
+    """
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
@@ -150,7 +155,15 @@ def _figure(size: tuple[float, float]) -> Any:
     return Figure(figsize=size, dpi=120)
 
 
-def _legend_beside(figure: Any) -> None:
+def means_and_spread(
+    estimates: Iterable[Estimate],
+) -> tuple[Float[np.ndarray, "estimates"], Float[np.ndarray, "2 estimates"]]:
+    """Means, and how far their intervals reach below and above them; of one estimate or more."""
+    means, lows, highs = np.array([[one.mean, one.low, one.high] for one in estimates]).T
+    return means, np.maximum(0.0, [means - lows, highs - means])  # rounding alone can put a mean outside
+
+
+def legend_beside(figure: Any) -> None:
     """What is drawn in any of the axes, once, where it hides none of it."""
     named: dict[str, Any] = {}
     for axis in figure.axes:
@@ -160,7 +173,8 @@ def _legend_beside(figure: Any) -> None:
     last.legend(named.values(), named, frameon=False, fontsize="small", loc="upper left", bbox_to_anchor=(1.01, 1.0))
 
 
-def _colour(number: int) -> str:
+def colour_of(number: int) -> str:
+    """The colour of the system, or whatever is told apart, with this number."""
     return _COLOURS[number % len(_COLOURS)]
 
 

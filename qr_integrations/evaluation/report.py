@@ -6,14 +6,13 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from itertools import count
 from pathlib import Path
-from typing import Any
 
 from qr_integrations.errors import InputError
 from qr_integrations.evaluation.biases import Bias
 from qr_integrations.evaluation.measuring import ORDERS, Quality, Run
 from qr_integrations.evaluation.plots import plot_biases, plot_lengths, plot_pareto, plot_quality, require_matplotlib
-from qr_integrations.evaluation.statistics import Estimate
 from qr_integrations.evaluation.summary import Report
+from qr_integrations.evaluation.tables import facts_list, markdown_table, signed
 from qr_integrations.evaluation.trec import write_run
 from qr_integrations.files import whole_folder
 from qr_integrations.types import JudgedList
@@ -131,7 +130,7 @@ def markdown(report: Report, pictures: Sequence[str] = ()) -> str:
     """The report as a page of tables."""
     parts = [
         "# How well documents are ranked",
-        "\n".join(f"- {name}: {value}" for name, value in report.facts.items()),
+        facts_list(report.facts),
         *_quality_part(report),
         *_bias_part(report),
         *_sweep_part(report),
@@ -153,14 +152,14 @@ def _quality_part(report: Report) -> Iterator[str]:
                 [
                     system.name,
                     *(str(system.quality[order][metric]) for metric in report.metrics),
-                    "" if against is None else _signed(against),
-                    "" if against is None or against.p is None else f"{against.p:.4f}",
+                    signed(against),
+                    None if against is None or against.p is None else f"{against.p:.4f}",
                 ]
             )
-        yield _table(head, rows)
+        yield markdown_table(head, rows)
     yield "Means over the questions with bootstrap intervals at 95 %; p of a paired randomization test, two-sided."
     yield "## Time"
-    yield _table(
+    yield markdown_table(
         ["system", "milliseconds per list"],
         [[system.name, f"{1000 * system.seconds:.1f}"] for system in report.systems],
     )
@@ -172,7 +171,7 @@ def _bias_part(report: Report) -> Iterator[str]:
         return
     yield "## What else moves a score"
     rows = [[system.name, _told(system.position), _told(system.length)] for system in report.systems]
-    yield _table(["system", "position", "length"], rows)
+    yield markdown_table(["system", "position", "length"], rows)
     yield (
         "Rank correlation, within a list of shuffled order, of the scores of irrelevant documents with their place "
         "(position) and with their number of characters (length); 0 is no bias, below 0 the first places or the "
@@ -198,7 +197,7 @@ def _sweep_part(report: Report) -> Iterator[str]:
     ]
     metric = report.metrics[0]
     head = ["last layer", "heads", f"{metric} as retrieved", f"{metric} shuffled", "milliseconds", "of all layers"]
-    yield _table([*head, "not beaten"], rows)
+    yield markdown_table([*head, "not beaten"], rows)
     yield (
         "The best heads up to a layer, above which nothing runs; milliseconds to rank a new list, the median of five. "
         "Not beaten: no other line is as good shuffled, with no more layers, and better, with fewer layers, or with "
@@ -214,23 +213,10 @@ def _lengths_part(report: Report) -> Iterator[str]:
         [f"{p.num_tokens:,}", f"{p.documents:.0f}", p.system, str(p.recall_any), str(p.recall_all)]
         for p in report.lengths
     ]
-    yield _table(
+    yield markdown_table(
         ["tokens", "documents", "system", f"any evidence in the first {report.lengths[0].at}", "all of it"], rows
     )
 
 
-def _signed(estimate: Estimate) -> str:
-    return f"{estimate.mean:+.3f} [{estimate.low:+.3f}, {estimate.high:+.3f}]"
-
-
-def _told(bias: Bias | None) -> str:
-    return "" if bias is None else _signed(bias.correlation)
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(_cell(cell) for cell in line) + " |" for line in lines)
-
-
-def _cell(content: Any) -> str:
-    return " ".join(str(content).split()).replace("|", "\\|")
+def _told(bias: Bias | None) -> str | None:
+    return None if bias is None else signed(bias.correlation)

@@ -1,12 +1,11 @@
 """What reports about pictures share: a folder with a page, all numbers, every question, and a plot."""
 
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from qr_integrations.evaluation.report import PER_QUERY, RESULTS, TABLES, check_folder
-from qr_integrations.evaluation.statistics import Estimate
 from qr_integrations.files import whole_folder
 
 PLOT = "quality.png"
@@ -42,33 +41,3 @@ def write_report(
         (place / PER_QUERY).write_text(lines, "utf-8")
         (place / RESULTS).write_text(json.dumps(results, ensure_ascii=False, indent=1) + "\n", "utf-8")
         (place / TABLES).write_text(f"{page}\n\n![{Path(PLOT).stem}]({PLOT})\n", "utf-8")
-
-
-def markdown_table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
-    """A table; None is an empty cell.
-
-    Example:
-        >>> print(markdown_table(["system", "right"], [["a|b", 0.5]]))
-        | system | right |
-        | --- | --- |
-        | a\\|b | 0.5 |
-    """
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(_cell(cell) for cell in line) + " |" for line in lines)
-
-
-def _cell(content: Any) -> str:
-    return "" if content is None else " ".join(str(content).split()).replace("|", "\\|")
-
-
-def facts_list(facts: Mapping[str, Any]) -> str:
-    """Names and values, a line each."""
-    return "\n".join(f"- {name}: {value}" for name, value in facts.items())
-
-
-def signed(estimate: Estimate | None) -> str | None:
-    """A difference with its interval, and p where there is one."""
-    if estimate is None:
-        return None
-    told = f"{estimate.mean:+.3f} [{estimate.low:+.3f}, {estimate.high:+.3f}]"
-    return told if estimate.p is None else f"{told} p={estimate.p:.3f}"

@@ -14,7 +14,7 @@ def check_distinct(specs: Sequence[str]) -> None:
     """
     for number, spec in enumerate(specs):
         if spec in specs[:number]:
-            raise InputError(f"{spec!r} stands twice: name each system once")
+            raise InputError(f"the system {spec!r} stands twice: name each once")
 
 
 def read_spec(spec: str, known: Mapping[str, Mapping[str, Callable[[str], Any]]]) -> tuple[str, dict[str, Any]]:
@@ -31,22 +31,39 @@ def read_spec(spec: str, known: Mapping[str, Mapping[str, Callable[[str], Any]]]
         >>> read_spec("deco:layers=4-6", {"greedy": {}, "deco": {"layers": read_layers}})
         ('deco', {'layers': (4, 5, 6)})
     """
-    name, colon, rest = spec.partition(":")
+    name, _, _ = spec.partition(":")
     if name not in known:
         raise InputError(f"{spec!r} is no system: write {', '.join(known)}, perhaps with settings, NAME:SETTING=VALUE")
+    return name, read_settings(spec, known[name], missing=f"{name} has no setting")
+
+
+def read_settings(
+    spec: str, known: Mapping[str, Callable[[str], Any]], *, missing: str = "there is no setting"
+) -> dict[str, Any]:
+    """The names and values behind the colon.
+
+    Args:
+        spec: the line.
+        known: settings, and what reads each.
+        missing: how an error about any other begins.
+
+    Raises:
+        InputError: no such setting, one that stands twice, or a value that cannot be read.
+    """
+    _, colon, rest = spec.partition(":")
     settings: dict[str, Any] = {}
     for pair in rest.split(",") if colon else ():
-        setting, _, text = pair.partition("=")
-        if setting not in known[name]:
-            there = f"known are {', '.join(sorted(known[name]))}" if known[name] else "there are none"
-            raise InputError(f"{spec!r}: {name} has no setting {setting!r}: {there}")
-        if setting in settings:
-            raise InputError(f"{spec!r}: {setting} stands twice: write it once")
+        name, _, text = pair.partition("=")
+        if name not in known:
+            there = f"known are {', '.join(sorted(known))}" if known else "there are none"
+            raise InputError(f"{spec!r}: {missing} {name!r}: {there}")
+        if name in settings:
+            raise InputError(f"{spec!r}: {name} stands twice: write it once")
         try:
-            settings[setting] = known[name][setting](text)
+            settings[name] = known[name](text)
         except ValueError as error:
-            raise InputError(f"{spec!r}: {setting} cannot be {text!r} ({error}): write another value") from error
-    return name, settings
+            raise InputError(f"{spec!r}: {name} cannot be {text!r} ({error}): write another value") from error
+    return settings
 
 
 def read_layers(text: str) -> tuple[int, ...]:

@@ -19,6 +19,7 @@ from safetensors import SafetensorError
 from qr_integrations.backend import Backend
 from qr_integrations.errors import InputError, LoadError, MissingExtra
 from qr_integrations.evaluation.bm25 import Bm25, document_text
+from qr_integrations.evaluation.specs import check_distinct, read_settings
 from qr_integrations.retrieval import HeadSet, ICRReranker, QRHeadReranker
 from qr_integrations.retrieval.refinements import Refinements
 from qr_integrations.retrieval.reranker import AttentionReranker
@@ -163,8 +164,7 @@ def make_systems(
         LoadError: a cross- or bi-encoder cannot be loaded.
         MissingExtra: sentence-transformers or bm25s is not installed.
     """
-    if twice := [spec for spec in specs if specs.count(spec) > 1]:
-        raise InputError(f"the system {twice[0]!r} stands twice: name each once")
+    check_distinct(specs)
     return [_make(spec, lists, backend, device) for spec in specs]
 
 
@@ -186,7 +186,7 @@ def _make(spec: str, lists: Sequence[JudgedList], backend: Callable[[], Backend]
 
 def _reranker(spec: str, kind: str, backend: Backend) -> AttentionReranker:
     """QRHead or ICR with settings. Nothing is kept between lists: every one is timed as a new one."""
-    given = _settings(spec, {**_SETTINGS, **_REFINEMENTS, **(_CHOICE_OF_HEADS if kind == "qr" else {})})
+    given = read_settings(spec, {**_SETTINGS, **_REFINEMENTS, **(_CHOICE_OF_HEADS if kind == "qr" else {})})
     refined = {name: given.pop(name) for name in _REFINEMENTS if name in given}
     if "random" in given and not {"heads", "top"}.isdisjoint(given):
         raise InputError(f"{spec!r}: heads are drawn from all of the model's: leave out heads and top, or random")
@@ -197,23 +197,6 @@ def _reranker(spec: str, kind: str, backend: Backend) -> AttentionReranker:
         return ICRReranker(backend, **options)
     chosen = HeadSet.resolve(heads, backend) if drawn is None else HeadSet.random(backend, drawn, seed=seed)
     return QRHeadReranker(backend, heads=chosen if top is None else chosen.top(top), **options)
-
-
-def _settings(spec: str, known: Mapping[str, Callable[[str], Any]]) -> dict[str, Any]:
-    """The names and values after the colon of ``qr:top=2,calibrated=no``."""
-    _, colon, rest = spec.partition(":")
-    settings: dict[str, Any] = {}
-    for pair in rest.split(",") if colon else ():
-        name, _, text = pair.partition("=")
-        if name not in known:
-            raise InputError(f"{spec!r}: there is no setting {name!r}: known are {', '.join(sorted(known))}")
-        if name in settings:
-            raise InputError(f"{spec!r}: {name} stands twice: write it once")
-        try:
-            settings[name] = known[name](text)
-        except ValueError as error:
-            raise InputError(f"{spec!r}: {name} cannot be {text!r} ({error}): write another value") from error
-    return settings
 
 
 def _one_of(choices: Mapping[str, Any]) -> Callable[[str], Any]:

@@ -394,6 +394,15 @@ def test_questions_without_sizes_make_a_report_too(tmp_path: Path) -> None:
     assert rows(page, "none")[0][1].startswith("0.400")
 
 
+def test_a_figure_that_no_system_has_leaves_its_panel_empty(tmp_path: Path) -> None:
+    from qr_integrations.evaluation.picture_plots import plot_estimates
+    from qr_integrations.evaluation.statistics import Estimate
+
+    plot_estimates({"recall": {"greedy": Estimate(0.5, 0.25, 0.625)}, "F1": {}}, tmp_path / "quality.png")
+    with Image.open(tmp_path / "quality.png") as plot:
+        assert plot.size[0] > 300
+
+
 # ---- the drawn world
 
 
