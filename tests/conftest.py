@@ -108,6 +108,14 @@ def qr_mini() -> "Backend":
     return Backend.load("qr-mini")
 
 
+@pytest.fixture(scope="session")
+def qr_mini_vl() -> "Backend":
+    """The bundled vision-language model, loaded once for all tests. Leave it as you found it."""
+    from qr_integrations.backend import Backend
+
+    return Backend.load("qr-mini-vl")
+
+
 @pytest.fixture(scope="session", autouse=True)
 def one_thread() -> Iterator[None]:
     """The models are tiny: more threads only wait for each other."""

@@ -13,6 +13,7 @@ def export(folder: Path, model: LlavaForConditionalGeneration, processor: LlavaP
     """Saves a copy in float16, which `from_pretrained` of both classes reads."""
     half = copy.deepcopy(model).to("cpu", torch.float16)
     half.save_pretrained(folder)
+    (folder / "model.safetensors").chmod(0o644)  # written for its owner alone
     processor.save_pretrained(folder)
 
 

@@ -34,6 +34,10 @@ CHAT_TEMPLATE = (
 """All pictures come before the words of a message, so questions about the same pictures share their beginning."""
 
 
+VICROP = {"layers": "all", "base": 0.25}
+"""How to look at pictures again, chosen on scenes that are neither trained nor measured on."""
+
+
 @dataclass(frozen=True)
 class Sizes:
     """Resolution in pixels, and layers, widths and heads of the two halves."""
@@ -130,6 +134,7 @@ def configure(sizes: Sizes, tokenizer: PreTrainedTokenizerFast) -> LlavaConfig:
         image_seq_length=sizes.patches,
         tie_word_embeddings=True,
         pad_token_id=tokenizer.pad_token_id,
+        vicrop=VICROP,
     )
 
 

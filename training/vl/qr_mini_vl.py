@@ -1,6 +1,6 @@
 """Makes qr-mini-vl with one command; every stage goes on where it stopped.
 
-python -m training.vl.qr_mini_vl --out FOLDER [--hours 2.5]
+python -m training.vl.qr_mini_vl --out FOLDER [--hours 2]
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ def plan(hours: float) -> list[Stage]:
     """The stages and their shares of the time; the steps only bound runs on faster machines."""
     seconds = hours * 3600
     return [
-        Stage("tower", steps=10000, seconds=0.35 * seconds, pictures=32),
-        Stage("language", steps=8000, seconds=0.4 * seconds, pictures=16, pairs=0.3),
-        Stage("both", steps=3000, seconds=0.25 * seconds, pictures=16, pairs=0.4, rate=6e-4, tower_rate=3e-4),
+        Stage("tower", steps=10000, seconds=0.3 * seconds, pictures=32),
+        Stage("language", steps=8000, seconds=0.38 * seconds, pictures=16, pairs=0.3),
+        Stage("both", steps=3000, seconds=0.32 * seconds, pictures=16, pairs=0.4, rate=6e-4, tower_rate=3e-4),
     ]
 
 
@@ -66,7 +66,7 @@ def main() -> None:
     parser.add_argument(
         "--out", type=Path, required=True, help="folder for checkpoints; the model goes to OUT/qr-mini-vl"
     )
-    parser.add_argument("--hours", type=float, default=2.5, help="time for all stages together")
+    parser.add_argument("--hours", type=float, default=2.0, help="time for all stages together")
     parser.add_argument("--threads", type=int, default=2, help="torch threads")
     parser.add_argument("--workers", type=int, default=1, help="threads that draw pictures; 8 beside a GPU")
     parser.add_argument("--scenes", type=int, default=200, help="held-out scenes to measure on")
