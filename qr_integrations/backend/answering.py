@@ -15,9 +15,9 @@ from dataclasses import dataclass, fields
 from typing import Any, Protocol, runtime_checkable
 
 import torch
-from transformers import GenerationConfig, StoppingCriteriaList
+from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 
-from qr_integrations.backend.listening import Listener
+from qr_integrations.backend.listening import Finite, Listener
 from qr_integrations.backend.memory import memory_advice
 from qr_integrations.backend.picture_reading import ReadPictures, continued_inputs
 from qr_integrations.backend.prompts import Prompt, as_messages, lay_out
@@ -88,13 +88,15 @@ class Generation:
             raise InputError(f"top_p={self.top_p} is no share: pass more than 0 and at most 1")
         if self.top_k is not None and self.top_k < 1:
             raise InputError(f"top_k={self.top_k} leaves no token: pass at least 1")
-        if not all(self.stop):
-            raise InputError("an empty stop sequence ends every answer: leave it out")
+        if not all(isinstance(one, str) and one for one in self.stop):
+            raise InputError(f"stop={self.stop} ends no answer, or every one: pass texts that are not empty")
+        if self.seed is not None and not 0 <= self.seed < 2**63:
+            raise InputError(f"seed={self.seed} is out of range: pass 0 to 2**63 - 1")
 
     def config(self, backend: Reader, room: int | None) -> GenerationConfig:
         """For ``generate``: nothing of the checkpoint's own sampling settings, its special tokens kept."""
         config = copy.deepcopy(backend.model.generation_config or GenerationConfig())
-        sampled = self.temperature > 0
+        sampled = self.temperature >= _COLD
         config.update(
             max_new_tokens=self.max_new_tokens if room is None else max(1, min(self.max_new_tokens, room)),
             do_sample=sampled,
@@ -104,6 +106,7 @@ class Generation:
             num_beams=self.num_beams,
             repetition_penalty=float(self.repetition_penalty),
             **_ONE_SEQUENCE,
+            **_NOTHING_ELSE,
             **(_ALL_TOKENS if sampled else {}),
         )
         config.eos_token_id = backend.tokenizer.eos_token_id if config.eos_token_id is None else config.eos_token_id
@@ -114,7 +117,21 @@ class Generation:
         return config
 
 
+_COLD = 1e-5  # below that, logits over the temperature overflow; the most probable token is said anyway
+_SAMPLING = threading.Lock()  # torch's random numbers are the process's, whatever the number of models
 _ONE_SEQUENCE = {"num_return_sequences": 1, "return_dict_in_generate": False}
+_NOTHING_ELSE = {
+    "cache_implementation": None,
+    "stop_strings": None,
+    "penalty_alpha": None,
+    "dola_layers": None,
+    "prompt_lookup_num_tokens": None,
+    "assistant_early_exit": None,
+    "token_healing": False,
+    "num_beam_groups": 1,
+    "max_time": None,
+}
+"""What a checkpoint may ask for and what does not go with a cache, a listener or hooks of ours."""
 _ALL_TOKENS = {"min_p": 0.0, "typical_p": 1.0, "epsilon_cutoff": 0.0, "eta_cutoff": 0.0}
 """What a checkpoint's own settings would cut off stays; None would be filled in with those settings."""
 
@@ -128,8 +145,12 @@ def as_generation(settings: Mapping[str, Any]) -> Generation:
     known = [one.name for one in fields(Generation)]
     if unknown := [name for name in settings if name not in known]:
         raise InputError(f"unknown setting {unknown[0]!r}: pass {', '.join(known)}")
-    stop = settings.get("stop") or ()
-    return Generation(**{**settings, "stop": (stop,) if isinstance(stop, str) else tuple(stop)})
+    given = {name: value for name, value in settings.items() if value is not None}
+    stop = given.get("stop", ())
+    try:
+        return Generation(**{**given, "stop": (stop,) if isinstance(stop, str) else tuple(stop)})
+    except TypeError as error:
+        raise InputError(f"{given} are no settings ({error}): pass numbers, and texts as stop") from error
 
 
 def answer(
@@ -142,15 +163,16 @@ def answer(
     gone: Callable[[], bool] = lambda: False,
 ) -> Answer:
     """See `Backend.answer`; `emit` takes each piece of text as it comes, `gone` says that nobody waits any more."""
+    _check_steps(crop, deco)
     steps: dict[str, Any] = {}
     seconds: dict[str, float] = {}
     conversation, read = as_messages(messages), None
-    with backend.locked():
-        _check_listener(gone)
+    with backend.locked(lambda: _check_listener(gone)):
         if crop is not None and any(message.pictures for message in conversation):
             started = time.perf_counter()
             cropped = crop.crop(backend, conversation)
             conversation, steps["crop"], read = cropped.messages, cropped.record, cropped.read
+            del cropped
             seconds["crop"] = time.perf_counter() - started
             _check_listener(gone)
         prompt = lay_out(backend, conversation)
@@ -159,6 +181,7 @@ def answer(
         config = generation.config(backend, backend.max_tokens and backend.max_tokens - len(prompt))
         with torch.no_grad(), memory_advice(len(prompt), backend.name):  # before what corrects every pass of the model
             inputs = continued_inputs(backend, prompt, read if config.num_beams == 1 else None)
+            read = None  # the answer has its own copy
         with deco.on(backend) if deco is not None else nullcontext() as record:
             token_ids = _generate(backend, prompt, inputs, config, generation.seed, listener)
         seconds["generate"] = time.perf_counter() - started
@@ -171,6 +194,13 @@ def answer(
     ended = stopped or (len(token_ids) > 0 and int(token_ids[-1]) in _end_tokens(config))
     usage = Usage(len(prompt), len(token_ids))
     return Answer(text, "stop" if ended else "length", usage, steps, seconds)
+
+
+def _check_steps(crop: Any, deco: Any) -> None:
+    if crop is not None and (isinstance(crop, type) or not isinstance(crop, Cropper)):
+        raise InputError(f"crop={crop!r} cannot look at pictures: pass crop=ViCrop()")
+    if deco is not None and (isinstance(deco, type) or not isinstance(deco, Corrector)):
+        raise InputError(f"deco={deco!r} cannot correct: pass deco=DeCo()")
 
 
 class _Gone(Exception):
@@ -191,10 +221,20 @@ def _generate(
     listener: Listener,
 ) -> torch.Tensor:
     """The new tokens, without the padding behind them."""
-    with torch.no_grad(), memory_advice(len(prompt), backend.name), _seeded(seed, backend.device):
-        ids: Any = _generator(backend, prompt).generate(
-            **inputs, generation_config=config, stopping_criteria=StoppingCriteriaList([listener])
-        )
+    generator = _generator(backend, prompt)
+    own = generator.generation_config
+    draws = _SAMPLING if config.do_sample else nullcontext()
+    with torch.no_grad(), memory_advice(len(prompt), backend.name), draws, _seeded(seed, backend.device):
+        try:
+            generator.generation_config = config  # else what is None here is filled in with the checkpoint's own
+            ids: Any = generator.generate(
+                **inputs,
+                generation_config=config,
+                logits_processor=LogitsProcessorList([Finite()]),
+                stopping_criteria=StoppingCriteriaList([listener]),
+            )
+        finally:
+            generator.generation_config = own
     new = ids[0, len(prompt) :] if _echoes(ids, prompt) else ids[0]
     ends = torch.isin(new, torch.tensor(_end_tokens(config), dtype=new.dtype, device=new.device)).nonzero()
     return new[: int(ends[0]) + 1] if len(ends) else new
@@ -236,6 +276,11 @@ def stream(
     generation: Generation,
 ) -> Iterator[AnswerPiece]:
     """See `Backend.stream`: the generation runs in a thread of its own and ends when the caller stops listening."""
+    if backend.held:
+        raise InputError(
+            "this thread holds the model, and a stream runs in a thread of its own: pass deco=... to stream, or stream "
+            "outside the block"
+        )
     pieces: queue.SimpleQueue[AnswerPiece | BaseException] = queue.SimpleQueue()
     closed = threading.Event()
 

@@ -25,6 +25,7 @@ from qr_integrations.backend.attention_rows import attention_rows
 from qr_integrations.errors import HeadError, UnsupportedModelError
 from qr_integrations.types import Span
 
+_SCALES = (2.0**14, 2.0**7, 1.0)  # exact in every precision
 _EAGER_BLOCK = 256  # rows of an eager softmax at a time, so that H x T x T is never allocated
 
 
@@ -146,13 +147,23 @@ class _WeighedPass(_Pass):
         key is the product of its value and the gradient of what is brought home.
         """
         assert self.tap is not None
-        brought = dict(zip(self.zeros, torch.autograd.grad(of, list(self.zeros.values())), strict=True))
+        brought = dict(zip(self.zeros, scaled_gradients(of, list(self.zeros.values())), strict=True))
         parts = []
         for layer, head in self.tap.heads:
-            gradient, values = brought[layer].float(), self.values[layer]
+            gradient, values = brought[layer], self.values[layer]
             group = head * values.shape[1] // gradient.shape[2]
             parts.append((values[:, group] @ gradient[:, 0, head, :, None])[..., 0])
         return torch.stack(parts, dim=1)
+
+
+def scaled_gradients(number: Tensor, of: Sequence[Tensor]) -> list[Tensor]:
+    """The derivatives of a number, fp32; half precision has no numbers as small as those of a confident answer."""
+    for scale in _SCALES:
+        gradients = torch.autograd.grad(number * scale, list(of), retain_graph=True)
+        found = [gradient.float() / scale for gradient in gradients]
+        if all(gradient.isfinite().all() for gradient in found):
+            break
+    return found
 
 
 def _tapped_attention(

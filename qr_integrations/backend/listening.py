@@ -6,9 +6,29 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase, StoppingCriteria
+from transformers import LogitsProcessor, PreTrainedTokenizerBase, StoppingCriteria
+
+from qr_integrations.errors import ScoreError
 
 _UNFINISHED = "\ufffd"  # what a tokenizer writes for the first bytes of a character
+
+
+class Finite(LogitsProcessor):
+    """Refuses a model whose first token is not a number; afterwards it lets everything pass."""
+
+    def __init__(self) -> None:
+        self._checked = False
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """The scores as they are.
+
+        Raises:
+            ScoreError: one is NaN.
+        """
+        if not self._checked and bool(scores.isnan().any()):
+            raise ScoreError("the model's logits are NaN: load it with dtype='float32' or 'bfloat16'")
+        self._checked = True
+        return scores
 
 
 class Listener(StoppingCriteria):

@@ -1,7 +1,7 @@
 """A model on its device, with what the package asks of it: its parts, its attention layers, its chat format."""
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from typing import Any
@@ -15,6 +15,8 @@ from qr_integrations.backend.attention_tap import AttentionLayer, survey_attenti
 from qr_integrations.backend.families import ChatPieces, published_pieces, template_pieces
 from qr_integrations.backend.prefix import Continuation
 from qr_integrations.errors import ClosedError, HeadError, InputError, LoadError, UnsupportedModelError
+
+_PATIENCE = 0.1  # seconds
 
 
 class OpenedModel:
@@ -131,10 +133,21 @@ class OpenedModel:
         return published_pieces(self.config, self.tokenizer) or template_pieces(self.tokenizer)
 
     @contextmanager
-    def locked(self) -> Iterator[None]:
-        """Hold the model: no other thread's pass runs meanwhile."""
-        with self._lock:
+    def locked(self, give_up: Callable[[], None] | None = None) -> Iterator[None]:
+        """Hold the model: no other thread's pass runs meanwhile. `give_up` is called while waiting, and may raise."""
+        while not self._lock.acquire(timeout=_PATIENCE if give_up else -1):
+            assert give_up is not None
+            give_up()
+        try:
             yield
+        finally:
+            self._lock.release()
+
+    @property
+    def held(self) -> bool:
+        """Whether this thread holds the model."""
+        owned: bool = self._lock._is_owned()  # type: ignore[attr-defined]
+        return owned
 
     def check_heads(self, heads: Sequence[tuple[int, int]]) -> None:
         """Every head exists.

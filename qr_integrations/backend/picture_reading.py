@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from qr_integrations.backend.attention_tap import AttentionTap, run_tapped, run_weighed
+from qr_integrations.backend.attention_tap import AttentionTap, run_tapped, run_weighed, scaled_gradients
 from qr_integrations.backend.memory import memory_advice
 from qr_integrations.backend.picture_families import picture_family, read_rest, rest_inputs
 from qr_integrations.backend.picture_geometry import PictureTokens
@@ -190,8 +190,8 @@ def pixel_gradients(backend: Reader, prompt: Prompt) -> tuple[Float[Tensor, "hei
         leaf = pixels.detach().clone().to(backend.model.dtype).requires_grad_()
         output = backend.model(**{**prompt.inputs, "pixel_values": leaf}, use_cache=False)
         best = output.logits[0, -1].float().log_softmax(-1).amax()
-        (gradient,) = torch.autograd.grad(best, leaf)
-    lengths = gradient.float().norm(dim=1)
+        (gradient,) = scaled_gradients(best, [leaf])
+    lengths = gradient.norm(dim=1)
     return tuple(
         lengths[number, :height, :width] for number, (height, width) in enumerate(_sides_in_patches(backend, prompt))
     )

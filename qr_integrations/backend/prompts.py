@@ -1,11 +1,12 @@
 """From a conversation to the model's inputs."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from jinja2 import TemplateError
+from PIL import Image
 from torch import Tensor
 
 from qr_integrations.backend.opened import OpenedModel
@@ -41,12 +42,15 @@ class Prompt:
 
 
 def as_messages(given: str | Sequence[Message]) -> tuple[Message, ...]:
-    """A question alone becomes a conversation of one message; pictures are opened and checked.
+    """A question alone, or a message, becomes a conversation; pictures are opened and checked.
 
     Raises:
         InputError: no message, an unknown role, nothing to read, or a broken picture.
     """
-    messages = (Message.user(given),) if isinstance(given, str) else tuple(given)
+    one = Message.user(given) if isinstance(given, str) else given
+    messages: tuple[Any, ...] = tuple(one) if isinstance(one, Iterable) else (one,)
+    if strange := [type(one).__name__ for one in messages if not isinstance(one, Message)]:
+        raise InputError(f"a {strange[0]} is no message: pass a question, or Message.user('...', picture)")
     if not any(message.pictures or message.text.strip() for message in messages):
         raise InputError("there is nothing to answer: pass a question, or at least one message with content")
     if wrong := [message.role for message in messages if message.role not in _ROLES]:
@@ -55,7 +59,9 @@ def as_messages(given: str | Sequence[Message]) -> tuple[Message, ...]:
 
 
 def _opened(part: Any) -> Any:
-    return part if isinstance(part, str) else open_picture(part)
+    """Texts, and pictures that are decoded, upright and in RGB, are taken as they are."""
+    ready = isinstance(part, str) or (type(part) is Image.Image and part.mode == "RGB" and not part.info)
+    return part if ready else open_picture(part)
 
 
 def lay_out(opened: OpenedModel, messages: tuple[Message, ...]) -> Prompt:
@@ -103,7 +109,7 @@ def _with_pictures(opened: OpenedModel, messages: tuple[Message, ...], pictures:
     except ValueError as error:
         raise InputError(
             f"the processor of {opened.name!r} refuses a conversation with {len(pictures)} pictures ({error}): pass "
-            "another number of pictures, or larger ones"
+            "another number of pictures, or larger ones, or a chat template that gives each picture its place"
         ) from error
     return inputs
 
@@ -165,12 +171,12 @@ def _render(template_of: Any, messages: list[dict[str, Any]]) -> str | None:
         return None
     try:
         text: str = template_of.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    except TemplateError as error:
+    except (TemplateError, TypeError) as error:
         merged = _system_into_user(messages)
         if merged is None:
             raise InputError(
                 f"the model's chat template refuses the conversation ({error}): let user and assistant take turns, the "
-                "user last"
+                "user last, or set backend.processor.chat_template to one that takes pictures"
             ) from error
         return _render(template_of, merged)
     return text

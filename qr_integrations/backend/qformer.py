@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from qr_integrations.backend.attention_tap import scaled_gradients
 from qr_integrations.backend.picture_geometry import PictureTokens
 from qr_integrations.types import Grid
 
@@ -43,9 +44,9 @@ class QueryLooks:
 
     def differentiate(self, number: Tensor) -> None:
         """Keep the gradient of a number at what the queries bring home. Parameters get none, and the graph stays."""
-        (gradient,) = torch.autograd.grad(number, self._zero, retain_graph=True)
+        (gradient,) = scaled_gradients(number, [self._zero])
         heads = self._weights_PHQN.shape[1]
-        self._gradient_PHQD = gradient.float().unflatten(-1, (heads, -1)).transpose(1, 2)
+        self._gradient_PHQD = gradient.unflatten(-1, (heads, -1)).transpose(1, 2)
 
     def shares(self) -> Float[Tensor, "P Q N"]:
         """The mean over heads of the weights, times the part of their gradients above 0 if there are any, fp32.

@@ -36,9 +36,11 @@ def asked(messages: Sequence[Message], instruction: str = "") -> tuple[Message, 
     return _with_last_words(messages, None, instruction)
 
 
-def asked_in_general(messages: Sequence[Message], question: str = GENERIC) -> tuple[Message, ...]:
+def asked_in_general(
+    messages: Sequence[Message], question: str = GENERIC, instruction: str = ""
+) -> tuple[Message, ...]:
     """The same conversation with the last question replaced by one that asks for nothing in particular."""
-    return _with_last_words(messages, question, "")
+    return _with_last_words(messages, question, instruction)
 
 
 def _with_last_words(messages: Sequence[Message], words: str | None, instruction: str) -> tuple[Message, ...]:

@@ -52,7 +52,7 @@ class InputGradient:
     def of_conversation(self, messages: Sequence[Message]) -> Importance:
         """Maps of all its pictures, for the last question."""
         question = self._backend.lay_out(asked(messages, self._instruction))
-        generic = self._backend.lay_out(asked_in_general(messages, self._generic))
+        generic = self._backend.lay_out(asked_in_general(messages, self._generic, self._instruction))
         found = find_pictures(self._backend, question)
         both = zip(pixel_gradients(self._backend, question), pixel_gradients(self._backend, generic), strict=True)
         maps = []

@@ -31,7 +31,7 @@ class RelativeAttention:
     Args:
         backend: a vision-language model.
         layers: see `choose_layers`; of several, the mean of their maps.
-        instruction: appended to the question while looking, such as `SHORT_ANSWER`, which the authors append.
+        instruction: appended to both questions while looking, such as `SHORT_ANSWER`, which the authors append.
         generic: what the question is compared with.
 
     Where we differ from the authors' code: heads are averaged in fp32, attention below 1e-8 counts as that, and a map
@@ -58,7 +58,7 @@ class RelativeAttention:
     def of_conversation(self, messages: Sequence[Message]) -> Importance:
         """Maps of all its pictures, for the last question."""
         question = self._backend.lay_out(asked(messages, self._instruction))
-        generic = self._backend.lay_out(asked_in_general(messages, self._generic))
+        generic = self._backend.lay_out(asked_in_general(messages, self._generic, self._instruction))
         read = read_pictures(self._backend, question)
         maps = relative_attention(self._backend, question, generic, self._layers, read)
         found = find_pictures(self._backend, question)

@@ -8,7 +8,7 @@ ViCrop's may have settings: ``relative:layers=4-6,min_lift=1.5``; layers count f
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from random import Random
 from statistics import median
 from typing import Any
@@ -217,6 +217,8 @@ def ask_pictures(
         for system in systems:
             start = time.perf_counter()
             again = system.look_again(backend, question, picture.size)
+            if isinstance(again, ViCrop):  # the same template for both questions
+                again = replace(again, generic=f"{again.generic} {instruction}".strip())
             answer = backend.answer([message], crop=again, max_new_tokens=max_new_tokens)
             seconds = time.perf_counter() - start
             box = next((one.box for one in answer.steps.get("crop", ()) if one.box is not None), None)

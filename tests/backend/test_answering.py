@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 import torch
 
-from qr_integrations.backend import Backend
+from qr_integrations.backend import Backend, answering
 from qr_integrations.cropping.vicrop import ViCrop
 from qr_integrations.decoding import DeCo
-from qr_integrations.errors import ClosedError, InputError, WindowError
+from qr_integrations.errors import ClosedError, InputError, ScoreError, WindowError
 from qr_integrations.types import Answer, Message
 from tests.backend.seeing import (
     OTHER,
@@ -269,7 +269,8 @@ def test_the_window_caps_an_answer(monkeypatch: pytest.MonkeyPatch) -> None:
         (dict(top_p=1.1), "top_p=1.1"),
         (dict(top_p=float("nan")), "top_p=nan"),
         (dict(top_k=0), "top_k=0"),
-        (dict(stop=["a", ""]), "empty stop"),
+        (dict(stop=["a", ""]), "texts that are not empty"),
+        (dict(seed=2**70), "out of range"),
         (dict(max_tokens=3), "unknown setting 'max_tokens': pass max_new_tokens"),
     ],
 )
@@ -404,3 +405,50 @@ def test_sixteen_threads_get_the_answers_of_one(name: str) -> None:
     with ThreadPoolExecutor(16) as pool:
         found: Iterator[str] = pool.map(lambda number: ask(opened, number), range(12))
         assert list(found) == calm
+
+
+# ---- what went wrong once
+
+
+def test_a_stream_in_a_thread_that_holds_the_model_is_refused() -> None:
+    opened = backend("llava")
+    with opened.locked(), pytest.raises(InputError, match="holds the model"):
+        next(opened.stream("What?"))
+    assert not opened.held
+
+
+def test_who_is_gone_does_not_wait_for_the_model() -> None:
+    opened, locked, done = backend("llava"), threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with opened.locked():
+            locked.set()
+            done.wait(30)
+
+    holder = threading.Thread(target=hold)
+    holder.start()
+    locked.wait(30)
+    try:
+        with pytest.raises(answering._Gone):
+            answering.answer(opened, "What?", None, None, answering.Generation(), gone=lambda: True)
+        assert holder.is_alive()
+    finally:
+        done.set()
+        holder.join()
+
+
+def test_a_model_whose_logits_are_nan_says_so() -> None:
+    opened = fresh("llava")
+    with torch.no_grad():
+        opened.model.get_output_embeddings().weight.fill_(torch.nan)
+    for settings in ({}, {"temperature": 1.0}, {"num_beams": 2}):
+        with pytest.raises(ScoreError, match="NaN"):
+            opened.answer("What?", max_new_tokens=2, **settings)
+
+
+@pytest.mark.parametrize("wrong", [True, "relative", ViCrop])
+def test_what_cannot_look_or_correct_is_refused(wrong: Any, unchecked: Any) -> None:
+    with pytest.raises(InputError, match="pass crop=ViCrop"):
+        backend("llava").answer("What?", crop=wrong)
+    with pytest.raises(InputError, match="pass deco=DeCo"):
+        backend("llava").answer("What?", deco=wrong)
