@@ -11,7 +11,7 @@ from qr_integrations.backend import Backend
 from qr_integrations.backend.answering import Cropped
 from qr_integrations.backend.picture_families import picture_family
 from qr_integrations.backend.prompts import as_messages
-from qr_integrations.cropping.asking import Importance, asked
+from qr_integrations.cropping.asking import GENERIC, Importance, asked
 from qr_integrations.cropping.boxes import FoundBox, Geometry, find_box
 from qr_integrations.cropping.gradient_attention import GradientAttention
 from qr_integrations.cropping.importance import ImportanceMap
@@ -57,6 +57,7 @@ class ViCrop:
         high_resolution: look at tiles of at most 1,024 pixels one by one; each costs a look of its own.
         geometry: ``"true"`` knows which pixels the model sees; ``"published"`` takes them to be the whole picture.
         instruction: appended to the question while looking, such as `SHORT_ANSWER`, which the authors append.
+        generic: what the question is compared with; repeat there what all of your questions end with.
         min_lift: below this lift a crop is not worth it; 0 crops always, as published.
 
     The answer reads each picture of the last message that has any, and behind them their crops, as published. A picture
@@ -73,6 +74,7 @@ class ViCrop:
     high_resolution: bool = False
     geometry: Geometry = "true"
     instruction: str = ""
+    generic: str = GENERIC
     min_lift: float = 0.0
 
     def __post_init__(self) -> None:
@@ -125,12 +127,12 @@ class ViCrop:
         return Importance(maps, None)
 
     def _of_conversation(self, backend: Backend, messages: Sequence[Message]) -> Importance:
+        said, compared = {"instruction": self.instruction}, {"generic": self.generic}
         if self.method == "input_gradient":
-            return InputGradient(backend, instruction=self.instruction, geometry=self.geometry).of_conversation(
-                messages
-            )
-        method = RelativeAttention if self.method == "relative" else GradientAttention
-        return method(backend, layers=self.layers, instruction=self.instruction).of_conversation(messages)
+            return InputGradient(backend, geometry=self.geometry, **said, **compared).of_conversation(messages)
+        if self.method == "gradient":
+            return GradientAttention(backend, layers=self.layers, **said).of_conversation(messages)
+        return RelativeAttention(backend, layers=self.layers, **said, **compared).of_conversation(messages)
 
     def _tiled(self, backend: Backend, messages: Sequence[Message], number: int) -> ImportanceMap:
         picture = [picture for message in messages for picture in message.pictures][number]

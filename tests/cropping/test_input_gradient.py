@@ -1,15 +1,20 @@
 """pure-grad: pixels that move the answer, at edges, per cell."""
 
+import copy
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from qr_integrations.backend import Backend
 from qr_integrations.backend.picture_reading import find_pictures
 from qr_integrations.cropping.asking import GENERIC
 from qr_integrations.cropping.high_pass import high_pass_mask
 from qr_integrations.cropping.input_gradient import InputGradient, in_cells
 from qr_integrations.errors import InputError
+from qr_integrations.evaluation.drawn_world import held_out_scene, render, resized
 from qr_integrations.types import Grid, Message
 from tests.backend.found_pictures import TALL, WIDE, noise
 from tests.backend.seeing import OTHER, QUESTION, backend, pictures, seen
@@ -89,3 +94,16 @@ def test_what_pads_a_picture_is_not_in_its_map(name: str) -> None:
 def test_tiles_are_refused() -> None:
     with pytest.raises(InputError, match="relative or gradient"):
         InputGradient(backend("qwen2_vl")).importance(pictures(1)[0], QUESTION)
+
+
+def test_half_precision_finds_the_same_places(qr_mini_vl: Any) -> None:
+    """The gradients of a confident answer are smaller than the smallest half-precision number."""
+    half = Backend(
+        copy.deepcopy(qr_mini_vl.model).to(torch.float16), qr_mini_vl.tokenizer, processor=qr_mini_vl.processor
+    )
+    picture = render(resized(held_out_scene(3), 0, 0.1))
+    maps = [
+        InputGradient(backend).importance(picture, "What is on the ball?").values.ravel()
+        for backend in (qr_mini_vl, half)
+    ]
+    assert np.corrcoef(maps)[0, 1] > 0.98

@@ -63,10 +63,11 @@ def test_several_layers_are_averaged() -> None:
     np.testing.assert_allclose(every, np.mean(single, axis=0), rtol=1e-5)
 
 
-def test_the_instruction_is_appended_to_the_question_only() -> None:
+def test_the_instruction_is_appended_to_both_questions() -> None:
     opened, (picture,) = backend("llava"), pictures(1)
     instructed = RelativeAttention(opened, layers=1, instruction=SHORT_ANSWER).importance(picture, QUESTION)
-    said = RelativeAttention(opened, layers=1).importance(picture, f"{QUESTION} {SHORT_ANSWER}")
+    both = RelativeAttention(opened, layers=1, generic=f"{GENERIC} {SHORT_ANSWER}")
+    said = both.importance(picture, f"{QUESTION} {SHORT_ANSWER}")
     np.testing.assert_array_equal(instructed.values, said.values)
     assert np.ptp(instructed.values - RelativeAttention(opened, layers=1).importance(picture, QUESTION).values) > 0
 
