@@ -120,7 +120,12 @@ def _as_step(name: str, given: Any) -> Any:
     known = [field.name for field in fields(kind)]
     if unknown := [key for key in given if key not in known]:
         raise InputError(f"{kind.__name__} has no setting {unknown[0]!r}: pass {', '.join(known)}")
-    return kind(**{key: tuple(value) if isinstance(value, list) else value for key, value in given.items()})
+    try:
+        return kind(**{key: tuple(value) if isinstance(value, list) else value for key, value in given.items()})
+    except TypeError as error:
+        raise InputError(
+            f"{name}={given!r} has a value of a wrong type ({error}): pass values as {kind.__name__} has them"
+        ) from error
 
 
 # ---- the adapter

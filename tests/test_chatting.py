@@ -85,6 +85,27 @@ def test_a_setting_that_cannot_be_is_an_error_at_once(settings: dict[str, Any], 
         ChatSettings(**{"model": "m", **settings})
 
 
+@pytest.mark.parametrize(
+    ("steps", "message"),
+    [
+        ({"crop": {"min_lift": "a"}}, "crop=.*'a'.* has a value of a wrong type.*: pass values as ViCrop has them"),
+        ({"deco": {"alpha": "0.5"}}, "deco=.*'0.5'.* has a value of a wrong type.*: pass values as DeCo has them"),
+        ({"deco": {"layers": 5}}, r"layers=5 cannot be: pass layers=\(5,\)"),
+    ],
+    ids=str,
+)
+def test_a_step_with_values_of_wrong_types_is_an_error_at_once(
+    unchecked: None, steps: dict[str, Any], message: str
+) -> None:
+    from qr_integrations.chatting import ChatSettings
+    from qr_integrations.errors import InputError
+
+    with pytest.raises(ValueError, match=message):
+        ChatSettings(model="m", **steps)
+    with pytest.raises(InputError, match=message):
+        ChatSettings(model="m").strategy(steps)
+
+
 def test_steps_come_as_switches_objects_and_mappings() -> None:
     from qr_integrations.chatting import ChatSettings
     from qr_integrations.cropping.vicrop import ViCrop

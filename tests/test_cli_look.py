@@ -158,7 +158,7 @@ def test_look_on_any_terminal(
     lines = captured.out.splitlines()
     assert max(map(len, lines)) <= int(columns) and "\x1b" not in captured.out
     words = " ".join(captured.out.split())
-    for part in ("[bold]color[/]", "whole picture", "with the crop", "140 x 140 of 672", "lift", "photo.look.png"):
+    for part in ("[bold]color[/]", "whole picture", "with the crop", "168 x 168 of 672", "lift", "photo.look.png"):
         assert part in words, part
     assert captured.err == "note: an answer was cut at its longest: --max-new-tokens allows for more\n"
 
@@ -175,6 +175,21 @@ def test_an_earlier_drawing_is_replaced_and_the_picture_never(
     monkeypatch.chdir(folder / "sub")
     found(capsys, "look", "../small.png", QUESTION)
     assert not list((folder / "sub").iterdir()) and (folder / "small.look.png").is_file()
+
+
+def test_the_example_is_drawn_again_but_never_over_another_picture(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    told = found(capsys, "look", "--example")
+    assert (told["image"], told["picture"]) == ("example.png", "example.look.png")
+    assert told["question"].startswith("What letter is on the ") and told["with_crop"] is not None
+    drawn = (folder / "example.png").read_bytes()
+    assert found(capsys, "look", "--example")["plain"]["text"] == told["plain"]["text"]
+    assert (folder / "example.png").read_bytes() == drawn
+    mine = (folder / "photo.png").read_bytes()
+    (folder / "example.png").write_bytes(mine)
+    assert "there is another 'example.png' here: move it" in refused(capsys, "look", "--example")
+    assert (folder / "example.png").read_bytes() == mine
 
 
 def test_where_the_drawing_of_an_address_goes() -> None:
@@ -256,6 +271,8 @@ def test_captions_on_any_terminal(
         (["look", "http://127.0.0.1:9/a.png", "q", "--allow-urls"], "not on the public internet"),
         (["look", "http://[", "q"], "'http://[' is an address"),
         (["look", "http://[", "q", "--allow-urls"], "could not be fetched"),
+        (["look", "photo.png", "--example"], "--example brings its own picture and question: leave out IMAGE"),
+        (["look", "photo.png", "q", "--example"], "leave out IMAGE and QUESTION, or --example"),
         (["look", "photo.png", "  "], "question is empty"),
         (["look", "photo.png", "q", "--model", "qr-mini"], "reads text only: pass a vision-language model"),
         (["look", "photo.png", "q", "--layers", "2,6-4"], "'2,6-4' are no layers: write 5, 4-6"),

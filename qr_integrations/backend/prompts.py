@@ -6,15 +6,15 @@ from typing import Any
 
 import torch
 from jinja2 import TemplateError
-from PIL import Image
 from torch import Tensor
 
 from qr_integrations.backend.opened import OpenedModel
 from qr_integrations.backend.picture_families import picture_family
 from qr_integrations.errors import InputError, WindowError
-from qr_integrations.images import open_picture
+from qr_integrations.images import PicturePolicy, open_picture
 from qr_integrations.types import Message
 
+_DECODED = PicturePolicy(max_pixels=2**62)  # who has decoded a picture has judged how many pixels are too many
 _ROLES = ("system", "user", "assistant")
 
 
@@ -59,9 +59,7 @@ def as_messages(given: str | Sequence[Message]) -> tuple[Message, ...]:
 
 
 def _opened(part: Any) -> Any:
-    """Texts, and pictures that are decoded, upright and in RGB, are taken as they are."""
-    ready = isinstance(part, str) or (type(part) is Image.Image and part.mode == "RGB" and not part.info)
-    return part if ready else open_picture(part)
+    return part if isinstance(part, str) else open_picture(part, policy=_DECODED)
 
 
 def lay_out(opened: OpenedModel, messages: tuple[Message, ...]) -> Prompt:

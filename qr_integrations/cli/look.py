@@ -30,9 +30,15 @@ _SIDE, _GAP = 1280, 8  # pixels: the longest side of what is drawn, and between 
 def run(args: argparse.Namespace) -> int:
     """Answer twice, draw where was looked, print. What fails for its arguments does so before the long work."""
     if args.example:
+        if args.image is not None or args.question is not None:
+            raise InputError(
+                "--example brings its own picture and question: leave out IMAGE and QUESTION, or --example"
+            )
         args.image, args.question = _draw_example()
-    if not args.image or not (args.question or "").strip():
+    if args.image is None or args.question is None:
         raise InputError("nothing to look at: pass a picture and a question, or --example")
+    if not args.question.strip():
+        raise InputError("the question is empty: ask for something in the picture")
     crop, deco, longest = _second_look(args), seeing.deco_of(args), seeing.max_new_tokens_of(args)
     picture = seeing.open_named(args.image, allow_urls=args.allow_urls)
     out = _checked_out(args.out, args.image)
@@ -72,7 +78,10 @@ def _draw_example() -> tuple[str, str]:
     number = next(n for n in range(_EXAMPLES, 2 * _EXAMPLES) if held_out_scene(n).things[0].mark in LETTERS)
     scene = resized(held_out_scene(number), 0, _SMALL)
     path = Path("example.png")
-    write_whole(path, _encoded(render(scene), path))
+    drawn = _encoded(render(scene), path)
+    if path.exists() and not (path.is_file() and path.read_bytes() == drawn):
+        raise InputError("there is another 'example.png' here: move it, or run in another folder")
+    write_whole(path, drawn)
     return str(path), f"What letter is on the {scene.things[0].name}?"
 
 

@@ -14,6 +14,7 @@ from qr_integrations.errors import InputError
 from qr_integrations.types import Box, Grid
 
 LIMIT = 1024  # pixels
+_MANY = 16  # of a narrow picture: more parts only where the limit asks for them, as each costs the model one pass
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,8 +35,9 @@ class Tiling:
 def tile_picture(image_size: tuple[int, int], *, limit: int = LIMIT, published: bool = False) -> Tiling:
     """Cut a picture into about square tiles, at most `limit` pixels wide and high.
 
-    The shorter side is cut into as few parts as the limit allows, the longer one into parts of about that size. The
-    tiles cover the picture, stay inside it, and differ by at most a pixel. A long picture is cut even if it is small:
+    The shorter side is cut into as few parts as the limit allows, the longer one into parts of about that size,
+    into 16 of them unless the limit asks for more. The tiles cover the picture, stay inside it, and differ by at most a
+    pixel. A long picture is cut even if it is small:
     some models see only the centre square. Every tile costs the model one pass.
 
     Args:
@@ -58,7 +60,7 @@ def tile_picture(image_size: tuple[int, int], *, limit: int = LIMIT, published: 
         return _published_tiling(width, height, limit)
     shorter, longer = sorted(image_size)
     few = math.ceil(shorter / limit)
-    many = max(math.ceil(longer / limit), round(few * longer / shorter))
+    many = max(math.ceil(longer / limit), min(_MANY, round(few * longer / shorter)))
     columns, rows = (many, few) if width >= height else (few, many)
     lefts = [width * column // columns for column in range(columns + 1)]
     tops = [height * row // rows for row in range(rows + 1)]

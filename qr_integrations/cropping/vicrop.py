@@ -1,5 +1,6 @@
 """ViCrop: look, cut out what matters, look again (arXiv 2502.17422)."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -60,9 +61,9 @@ class ViCrop:
         generic: what the question is compared with; repeat there what all of your questions end with.
         min_lift: below this lift a crop is not worth it; 0 crops always, as published.
 
-    The answer reads each picture of the last message that has any, and behind them their crops, as published. A picture
-    that is no larger than its crop, or a map that is the same everywhere, gives no crop; the authors' code shows the
-    whole picture twice, or its top left corner.
+    The answer reads each picture of the last message that has any, and behind them their crops, as published. There is
+    no crop where it would hold all that the model sees of a picture, nor where the map is the same everywhere; the
+    authors' code shows the whole picture twice, or its top left corner.
 
     Raises:
         InputError: an unknown method, or a setting out of range.
@@ -82,11 +83,13 @@ class ViCrop:
             raise InputError(f"unknown method {self.method!r}: pass {', '.join(map(repr, _METHODS))}")
         if self.geometry not in ("true", "published"):
             raise InputError(f"unknown geometry {self.geometry!r}: pass 'true' or 'published'")
-        if not self.min_lift >= 0 or (self.base is not None and not (0 < self.base < 1 or self.base >= 2)):
+        if not self.min_lift >= 0 or (self.base is not None and not _is_side(self.base)):
             raise InputError(
                 f"min_lift={self.min_lift}, base={self.base} cannot be: pass at least 0, and at least 2 pixels or a "
                 "share between 0 and 1"
             )
+        if not (self.layers is None or self.layers == "all" or _are_layers(self.layers)):
+            raise InputError(f"layers={self.layers!r} are no layers: pass None, 'all', a number or a tuple of numbers")
         if isinstance(self.layers, list):
             object.__setattr__(self, "layers", tuple(self.layers))
 
@@ -144,11 +147,14 @@ class ViCrop:
         return merge_maps(tiling, maps, geometry=self.geometry)
 
     def _judged(self, backend: Backend, importance: ImportanceMap) -> Look:
-        found = find_box(importance, crop_side(backend, importance.image_size, self.base), geometry=self.geometry)
+        side = crop_side(backend, importance.image_size, self.base)
+        found = find_box(importance, side, geometry=self.geometry)
         lift = _lift(importance, found)
         reason = ""
         if found.whole:
-            reason = "the picture is no larger than its crop"
+            of_all = max(importance.image_size) <= side
+            seen = "the picture" if of_all else "what the model sees of the picture"
+            reason = f"{seen} is no larger than its crop"
         elif not importance.is_informative:
             reason = "the map is the same everywhere"
         elif lift < self.min_lift:
@@ -156,11 +162,26 @@ class ViCrop:
         return Look(None if reason else found.box, importance, found.sharpness, lift, reason)
 
 
+def _is_side(base: int | float) -> bool:
+    return math.isfinite(base) and (0 < base < 1 or base >= 2)
+
+
+def _are_layers(layers: object) -> bool:
+    several = layers if isinstance(layers, tuple | list) else (layers,)
+    return all(isinstance(layer, int) and not isinstance(layer, bool) for layer in several)
+
+
 def crop_side(backend: Backend, image_size: tuple[int, int], base: int | float | None = None) -> int:
-    """The side of the smallest crop in pixels; `base` as in `ViCrop`."""
-    config = backend.model.config
-    base = base or stated(backend).get("base") or picture_family(config).side(config)
-    return max(2, round(base * max(image_size))) if base < 1 else round(base)
+    """The side of the smallest crop in pixels; `base` as in `ViCrop`.
+
+    As a share, it is all of a picture that is no larger than what the model sees: nothing was lost there.
+    """
+    config, longer = backend.model.config, max(image_size)
+    seen = picture_family(config).side(config)
+    base = base or stated(backend).get("base") or seen
+    if base >= 1:
+        return round(base)
+    return longer if longer <= seen else max(2, round(base * longer))
 
 
 def _lift(importance: ImportanceMap, found: FoundBox) -> float:

@@ -75,6 +75,11 @@ class DeCo:
     skip_confident: bool = False
 
     def __post_init__(self) -> None:
+        if self.layers is not None and not _are_numbers(self.layers):
+            one = self.layers if isinstance(self.layers, int) else 5
+            raise InputError(f"layers={self.layers!r} cannot be: pass layers=({one},), several of them, or None")
+        if isinstance(self.layers, list):
+            object.__setattr__(self, "layers", tuple(self.layers))
         if not 0 <= self.alpha < float("inf") or not self.top_p > 0 or self.top_k < 1:
             raise InputError(
                 f"alpha={self.alpha}, top_p={self.top_p}, top_k={self.top_k} cannot be: alpha is at least 0, top_p "
@@ -158,6 +163,10 @@ class DeCo:
     def _has_choice(self, final: Float[Tensor, "B N V"]) -> Bool[Tensor, "B N"]:
         """Whether there is more than one candidate."""
         return (final.softmax(-1).amax(-1) < self.top_p) & (self.top_k > 1)
+
+
+def _are_numbers(layers: object) -> bool:
+    return isinstance(layers, tuple | list) and all(type(layer) is int for layer in layers)
 
 
 def _only_candidate(final: Float[Tensor, "B N V"]) -> Correction:

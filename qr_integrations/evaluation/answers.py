@@ -32,7 +32,7 @@ def is_right(text: str, answers: Sequence[str], *, contains: bool = False) -> bo
 
     Args:
         text: what was said.
-        answers: any of them is right.
+        answers: any of them is right. Of those without words, such as ``"?"``, the signs are compared.
         contains: it is enough that the text holds the words of an answer, one after the other.
 
     Example:
@@ -41,8 +41,14 @@ def is_right(text: str, answers: Sequence[str], *, contains: bool = False) -> bo
         >>> is_right("It is a red ball", ["red ball"], contains=True)
         True
     """
-    said = normalised(text)
-    return any(_holds(said, words) if contains else said == words for words in map(normalised, answers))
+    return any(_is_one(text, answer, contains) for answer in answers)
+
+
+def _is_one(text: str, answer: str, contains: bool) -> bool:
+    said, words = normalised(text), normalised(answer)
+    if not words:  # "?" has none
+        said, words = (tuple(text.strip()), tuple(answer.strip()))
+    return _holds(said, words) if contains and words else said == words
 
 
 def _holds(said: tuple[str, ...], words: tuple[str, ...]) -> bool:

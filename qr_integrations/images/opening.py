@@ -48,7 +48,7 @@ def open_picture(source: PictureSource, *, policy: PicturePolicy = _DEFAULT) -> 
         policy: what may be opened.
 
     Raises:
-        InputError: not allowed by the policy, not found, not a picture, broken, or too large.
+        InputError: not allowed by the policy, not found, not a picture, broken, too large, or too narrow.
 
     Example:
         >>> from PIL import Image
@@ -113,6 +113,10 @@ def _upright_rgb(picture: Image.Image, policy: PicturePolicy, name: str) -> Imag
     if not 0 < width * height <= policy.max_pixels:
         raise InputError(
             f"{name} has {width} x {height} pixels, 1 to {policy.max_pixels} are allowed: resize it or raise max_pixels"
+        )
+    if max(width, height) > min(policy.max_side, policy.max_ratio * min(width, height)):
+        raise InputError(
+            f"{name} has {width} x {height} pixels, too long or too narrow: cut it, or raise max_side or max_ratio"
         )
     try:
         picture.load()

@@ -28,6 +28,8 @@ class PicturePolicy:
         allow_urls: fetch http and https addresses, from public hosts only.
         max_bytes: of the encoded picture, wherever it comes from.
         max_pixels: width times height, checked before anything is decoded. Pillow's own limit holds besides.
+        max_side: the longer side in pixels.
+        max_ratio: the longer side over the shorter one: models scale or pad a narrow picture to a huge one.
         timeout: seconds for fetching one picture, redirects included; looking up a host's name is left to the system.
 
     Raises:
@@ -38,10 +40,12 @@ class PicturePolicy:
     allow_urls: bool = False
     max_bytes: int = 20 * 2**20
     max_pixels: int = 64_000_000
+    max_side: int = 12_000
+    max_ratio: float = 200.0
     timeout: float = 10.0
 
     def __post_init__(self) -> None:
-        for name in ("max_bytes", "max_pixels", "timeout"):
+        for name in ("max_bytes", "max_pixels", "max_side", "max_ratio", "timeout"):
             if not getattr(self, name) > 0:
                 raise InputError(f"{name}={getattr(self, name)} lets nothing in: pass a number above 0")
 

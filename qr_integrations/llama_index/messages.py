@@ -124,6 +124,11 @@ def _picture_beside(settings: ChatSettings, document: PictureBeside, number: int
     place = f"image_documents, #{number}"
     if isinstance(document, ImageBlock):
         return _picture(settings, document, place)
+    if not isinstance(document, ImageNode | ImageDocument):
+        raise InputError(
+            f"{place}: a {type(document).__name__} is no picture beside a prompt: pass ImageBlock(path=...), or an "
+            "ImageNode or ImageDocument"
+        )
     path = document.image_path or document.metadata.get("file_path")
     return settings.picture(_source(document.image, path, document.image_url, place), place)
 

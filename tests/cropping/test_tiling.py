@@ -79,6 +79,14 @@ def test_tiles_are_about_square(size: tuple[int, int]) -> None:
     assert 2 / 3 <= box.width / box.height <= 3 / 2
 
 
+@pytest.mark.parametrize(
+    ("size", "count"), [((16_000, 1), 16), ((1, 900), 16), ((800, 50), 16), ((750, 50), 15), ((20_000, 40), 20)]
+)
+def test_narrow_pictures_are_cut_into_few_tiles(size: tuple[int, int], count: int) -> None:
+    """More than 16 along a side only where tiles would be larger than the limit."""
+    assert len(tile(size).boxes) == count
+
+
 def test_turning_the_picture_turns_the_tiles() -> None:
     for width, height in SIZES:
         one, other = tile((width, height)).grid, tile((height, width)).grid

@@ -75,6 +75,13 @@ def test_a_small_picture_needs_no_crop(method: Any, size: tuple[int, int]) -> No
     assert answer.usage.prompt_tokens == len(backend("llava").lay_out([Message.user(noise(size, 0), QUESTION)]))
 
 
+@pytest.mark.parametrize("size", [(560, 56), (50, 500)])
+def test_a_long_picture_of_which_no_more_than_a_crop_is_seen(size: tuple[int, int]) -> None:
+    """LLaVA's processor cuts out the centre square, which is as large as the crop; the picture is larger."""
+    look = ViCrop().look(backend("llava"), noise(size, 0), QUESTION)
+    assert look.box is None and look.reason == "what the model sees of the picture is no larger than its crop"
+
+
 def test_a_question_about_nothing_in_particular_gives_no_crop() -> None:
     look = ViCrop().look(backend("llava"), noise(BIG, 0), GENERIC)
     assert look.box is None and look.reason == "the map is the same everywhere"
@@ -93,7 +100,7 @@ def test_a_crop_that_does_not_stand_out_is_not_worth_it() -> None:
     assert [look.box for look in answer.steps["crop"]] == [None]
 
 
-@pytest.mark.parametrize("size", [(1, 900), (900, 1), (2, 300), (5000, 40), (3000, 2500)])
+@pytest.mark.parametrize("size", [(5, 900), (900, 5), (2, 300), (5000, 40), (3000, 2500)])
 @pytest.mark.parametrize("method", METHODS)
 def test_pictures_of_any_shape(method: Any, size: tuple[int, int]) -> None:
     picture = Image.new("RGB", size, (200, 30, 30))
@@ -135,6 +142,12 @@ def test_pictures_are_looked_at_in_colour() -> None:
         (dict(geometry="flat"), "unknown geometry"),
         (dict(base=1), "base=1"),
         (dict(min_lift=-0.1), "min_lift=-0.1"),
+        (dict(base=math.inf), "base=inf"),
+        (dict(base=math.nan), "base=nan"),
+        (dict(layers="most"), "layers='most' are no layers: pass None, 'all'"),
+        (dict(layers=(1, "2")), "are no layers"),
+        (dict(layers=1.5), "layers=1.5 are no layers"),
+        (dict(layers=True), "layers=True are no layers"),
     ],
 )
 def test_settings_that_cannot_be(settings: Any, match: str, unchecked: None) -> None:
@@ -159,7 +172,7 @@ def test_layers(unchecked: None) -> None:
 def test_the_instruction_is_for_looking_only() -> None:
     opened, picture = backend("llava"), noise(BIG, 0)
     told = ViCrop(instruction=SHORT_ANSWER)
-    said = ViCrop().look(opened, picture, f"{QUESTION} {SHORT_ANSWER}")
+    said = ViCrop(generic=f"{GENERIC} {SHORT_ANSWER}").look(opened, picture, f"{QUESTION} {SHORT_ANSWER}")
     np.testing.assert_array_equal(told.look(opened, picture, QUESTION).importance.values, said.importance.values)
     assert told.crop(opened, (Message.user(picture, QUESTION),)).messages[0].text == QUESTION
 
@@ -328,3 +341,13 @@ def test_a_look_leaves_nothing_behind() -> None:
         ViCrop(method=method).look(opened, pictures(1)[0], QUESTION)  # type: ignore[arg-type]
     assert opened.answer(seen(1), max_new_tokens=5).text == before
     assert all(parameter.grad is None for parameter in opened.model.parameters())
+
+
+def test_a_side_may_be_a_share_of_pictures_that_lost_something(qr_mini_vl: Any) -> None:
+    from qr_integrations.cropping import crop_side
+
+    assert crop_side(qr_mini_vl, (1000, 600), 0.3) == 300
+    assert crop_side(qr_mini_vl, (1000, 600)) == 250, "what the checkpoint's config states"
+    assert crop_side(qr_mini_vl, (1000, 600), 336) == 336
+    assert crop_side(qr_mini_vl, (140, 90), 0.3) == 140, "nothing was lost in a picture of 140 pixels"
+    assert crop_side(backend("llava"), (1000, 600)) == backend("llava").model.config.vision_config.image_size

@@ -1,5 +1,6 @@
 """DeCo's rule on numbers made by hand, and its hooks against a plain loop."""
 
+import re
 import threading
 from itertools import pairwise
 from typing import Any
@@ -301,6 +302,15 @@ def test_settings_that_cannot_be(settings: dict[str, Any]) -> None:
 
     with pytest.raises(InputError, match="pass such"):
         rule(**settings)
+
+
+def test_layers_are_several_numbers(unchecked: None) -> None:
+    from qr_integrations.errors import InputError
+
+    assert rule(layers=[2, 3]) == rule(layers=(2, 3)) and hash(rule(layers=[2, 3])) == hash(rule(layers=(2, 3)))
+    for wrong, cure in ((5, "(5,)"), (7, "(7,)"), ("all", "(5,)"), ((1, "2"), "(5,)"), ((1.0,), "(5,)")):
+        with pytest.raises(InputError, match=re.escape(f"pass layers={cure}")):
+            rule(layers=wrong)
 
 
 def test_skipping_needs_candidates_to_restrict_to() -> None:

@@ -26,6 +26,11 @@ from PIL import Image
         ("3.14", ["3.14"], True, True),
         ("blue", ["red", "blue"], True, True),
         ("ＲＥＤ", ["red"], True, True),
+        ("", ["?"], False, False),
+        ("cat", ["$"], False, False),
+        (" ? ", ["?"], True, True),
+        ("It is $.", ["$"], False, True),
+        ("cat", [""], False, False),
     ],
 )
 def test_answers_are_compared_by_their_words(said: str, answers: list[str], exact: bool, contained: bool) -> None:

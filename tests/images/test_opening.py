@@ -371,6 +371,29 @@ def test_a_bomb_is_refused_before_it_is_decoded(size: tuple[int, int]) -> None:
         open_picture(header_only(*size))
 
 
+@pytest.mark.parametrize("size", [(16_000, 1), (1, 16_000), (201, 1), (2, 401), (12_001, 100)])
+def test_a_long_or_narrow_picture_is_refused_before_it_is_decoded(size: tuple[int, int]) -> None:
+    from qr_integrations.errors import InputError
+    from qr_integrations.images import open_picture
+
+    for source in (header_only(*size), Image.new("RGB", size)):
+        with pytest.raises(InputError, match=f"{size[0]} x {size[1]} pixels, too long or too narrow: cut it, or raise"):
+            open_picture(source)
+
+
+def test_limits_of_sides_are_inclusive_and_can_be_moved() -> None:
+    from qr_integrations.errors import InputError
+    from qr_integrations.images import PicturePolicy, open_picture
+
+    for size in ((200, 1), (1, 200), (12_000, 60)):
+        assert open_picture(Image.new("RGB", size)).size == size
+    assert open_picture(Image.new("RGB", (300, 1)), policy=PicturePolicy(max_ratio=300.0)).size == (300, 1)
+    assert open_picture(Image.new("RGB", (13_000, 65)), policy=PicturePolicy(max_side=13_000)).size == (13_000, 65)
+    for strict in (PicturePolicy(max_side=3), PicturePolicy(max_ratio=1.3)):
+        with pytest.raises(InputError, match="4 x 3 pixels, too long"):
+            open_picture(colours(), policy=strict)
+
+
 def test_pixels_are_counted_in_every_form() -> None:
     from qr_integrations.errors import InputError
     from qr_integrations.images import PicturePolicy, open_picture
@@ -418,13 +441,13 @@ def test_an_endless_file_is_not_read_to_its_end() -> None:
     assert 0 < endless.given < 1_200_000
 
 
-@pytest.mark.parametrize("limit", ["max_bytes", "max_pixels", "timeout"])
+@pytest.mark.parametrize("limit", ["max_bytes", "max_pixels", "max_side", "max_ratio", "timeout"])
 def test_a_limit_is_above_zero(limit: str) -> None:
     from qr_integrations.errors import InputError
     from qr_integrations.images import PicturePolicy
 
     with pytest.raises(InputError, match=f"{limit}=0.*above 0"):
-        PicturePolicy(**{limit: 0.0 if limit == "timeout" else 0})
+        PicturePolicy(**{limit: 0.0 if limit in ("timeout", "max_ratio") else 0})
 
 
 def test_nothing_global_changes() -> None:

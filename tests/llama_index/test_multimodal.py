@@ -306,6 +306,14 @@ def test_a_picture_beside_a_prompt_that_cannot_be_read_is_an_error(make_llm: Any
         make_llm().complete(QUESTION, image_documents=[document(None)])
 
 
+@pytest.mark.usefixtures("unchecked")
+def test_a_path_beside_a_prompt_is_an_error_with_its_cure(make_llm: Any, png: bytes) -> None:
+    from qr_integrations.errors import InputError
+
+    with pytest.raises(InputError, match=r"image_documents, #1: a str is no picture.*: pass ImageBlock\(path="):
+        make_llm().complete(QUESTION, image_documents=[ImageBlock(image=png), "a.png"])
+
+
 def test_local_files_can_be_forbidden(make_llm: Any, png: bytes, tmp_path: Path) -> None:
     from qr_integrations.errors import InputError
 
