@@ -39,11 +39,13 @@ def test_the_published_layer_or_the_one_in_the_middle(
 
 def test_a_checkpoint_may_state_its_layer() -> None:
     opened = fresh("llava")
-    opened.model.config.vicrop_layer = 3
+    opened.model.config.vicrop = {"layers": 3}
     assert choose_layers(opened, None) == (3,)
     assert choose_layers(opened, 1) == (1,)
-    opened.model.config.vicrop_layer = 0
-    assert choose_layers(opened, None) == (0,)
+    opened.model.config.vicrop = {"layers": [0, 2]}
+    assert choose_layers(opened, None) == (0, 2)
+    opened.model.config.vicrop = {"layers": "all"}
+    assert choose_layers(opened, None) == (0, 1, 2, 3)
 
 
 def test_layers_that_are_asked_for() -> None:
