@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 from transformers import PreTrainedTokenizerFast
 
-from qr_integrations.backend import Backend
+from qr_integrations.backend import Backend, prompts
 from qr_integrations.backend.picture_reading import find_pictures
 from qr_integrations.backend.prompts import as_messages
 from qr_integrations.errors import InputError, LoadError, WindowError
@@ -195,9 +195,12 @@ def test_a_model_without_its_processor(qr_mini: Backend) -> None:
 
 
 def test_a_picture_that_the_processor_refuses() -> None:
-    """Qwen's takes no picture that is more than 200 times as long as it is wide."""
+    """Qwen's takes no picture that is more than 200 times as long as it is wide; nor does the door before it."""
+    narrow = Message.user(noise((1, 1000), 0), QUESTION)
     with pytest.raises(InputError, match="aspect ratio"):
-        backend("qwen2_5_vl").lay_out([Message.user(noise((1, 1000), 0), QUESTION)])
+        prompts.lay_out(backend("qwen2_5_vl"), (narrow,))
+    with pytest.raises(InputError, match="too long or too narrow"):
+        backend("qwen2_5_vl").lay_out([narrow])
 
 
 def test_a_window_that_is_too_short(monkeypatch: pytest.MonkeyPatch) -> None:
