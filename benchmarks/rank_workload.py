@@ -4,7 +4,8 @@ Random weights cost what trained ones cost. The documents are words drawn with a
 """
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -55,18 +56,25 @@ def load(name: str, dtype: torch.dtype, device: str) -> Backend:
         return Backend.load(name, device=device, dtype=dtype)
     tokenizer = AutoTokenizer.from_pretrained(bundled_path("qr-mini"))
     config = _config(SHAPES[name], len(tokenizer))
+    with seeded_in(dtype, device):
+        model = LlamaForCausalLM(config)
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.self_attn.q_proj.weight *= _SPREAD
+    return Backend(model.eval(), tokenizer, name=name)
+
+
+@contextmanager
+def seeded_in(dtype: torch.dtype, device: str) -> Iterator[None]:
+    """Weights made within the block are the same on every machine, and nowhere else than where they belong."""
     torch.manual_seed(0)
     default = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
         with torch.device(device):
-            model = LlamaForCausalLM(config)
+            yield
     finally:
         torch.set_default_dtype(default)
-    with torch.no_grad():
-        for layer in model.model.layers:
-            layer.self_attn.q_proj.weight *= _SPREAD
-    return Backend(model.eval(), tokenizer, name=name)
 
 
 def _config(shape: Shape, vocab: int) -> LlamaConfig:

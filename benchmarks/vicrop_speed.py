@@ -26,6 +26,7 @@ from transformers import (
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
 from benchmarks import measure
+from benchmarks.rank_workload import seeded_in
 from qr_integrations import Backend, Message, ViCrop
 from qr_integrations.bundled import bundled_path
 from qr_integrations.cropping import GENERIC, search_box
@@ -99,14 +100,8 @@ def load(shape: Shape, dtype: torch.dtype, device: str) -> Backend:
     config = LlavaConfig(
         vision_config=tower, text_config=text, image_token_id=tokenizer.convert_tokens_to_ids("<image>")
     )
-    torch.manual_seed(0)
-    default = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        with torch.device(device):
-            model = LlavaForConditionalGeneration(config)
-    finally:
-        torch.set_default_dtype(default)
+    with seeded_in(dtype, device):
+        model = LlavaForConditionalGeneration(config)
     model.generation_config.eos_token_id = None
     model.generation_config.pad_token_id = 0
     processor = LlavaProcessor(

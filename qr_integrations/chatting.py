@@ -4,7 +4,6 @@ It stands between the rooms and the roof: `langchain` and `llama_index` add thei
 Importing it loads pydantic, which both frameworks bring; the model's libraries are loaded on first use.
 """
 
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
@@ -59,24 +58,12 @@ def _deco() -> type:
 
 
 def _looks(looks: Sequence[Any]) -> list[dict[str, Any]]:
-    return [
-        {
-            "box": None if look.box is None else list(look.box.as_tuple()),
-            "sharpness": float(look.sharpness),
-            "lift": float(look.lift),
-            "reason": look.reason,
-        }
-        for look in looks
-    ]
+    return [look.as_dict() for look in looks]
 
 
-def _corrections(record: Sequence[Any]) -> dict[str, Any]:
-    anchors = Counter(layer for step in record for layer in step.anchor if layer is not None)
-    return {
-        "num_steps": len(record),
-        "share_changed": record.share_changed,  # type: ignore[attr-defined]
-        "anchors": {str(layer): count for layer, count in sorted(anchors.items())},
-    }
+def _corrections(record: Any) -> dict[str, Any]:
+    told: dict[str, Any] = record.as_dict()
+    return told
 
 
 _STEPS = {"crop": _Step(_vicrop, _looks), "deco": _Step(_deco, _corrections)}

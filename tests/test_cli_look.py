@@ -39,13 +39,6 @@ def refused(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
 
 
 @pytest.fixture(scope="module")
-def qr_mini_vl() -> "Backend":
-    from qr_integrations.backend import Backend
-
-    return Backend.load("qr-mini-vl")
-
-
-@pytest.fixture(scope="module")
 def photo() -> Image.Image:
     """A drawn scene with a small moon in it."""
     from qr_integrations.evaluation.drawn_world.data import drawn_questions

@@ -99,6 +99,6 @@ def _cost(answer: Answer) -> str:
         )
     if "deco" in answer.steps:
         record = answer.steps["deco"]
-        heard = ", ".join(f"{layer} ({count})" for layer, count in seeing.anchors_of(record).items())
+        heard = ", ".join(f"{layer} ({count})" for layer, count in record.anchors.items())
         told += f", {record.share_changed:.0%} of tokens changed" + (f", by layer {heard}" if heard else "")
     return told

@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from qr_integrations.backend import Backend
-from qr_integrations.cli import model, screen
+from qr_integrations.cli import screen, seeing
 from qr_integrations.cropping.asking import SHORT_ANSWER
 from qr_integrations.errors import InputError
 from qr_integrations.evaluation.decoders import DECODERS, make_decoders
@@ -58,7 +58,6 @@ _EACH, _EACH_OF_FEW = 3, 1  # objects asked for and as many not there; of few ki
 _NAME = 16  # columns that a system's name gets on a narrow screen too
 Shown = tuple[Sequence[str], Sequence[Sequence[str]], Sequence[str]]
 """Columns, rows, and the columns that a narrow screen needs."""
-_TEXT_ONLY = "pass a vision-language model, for instance --model qr-mini-vl"
 
 
 def run(args: argparse.Namespace) -> int:
@@ -86,7 +85,7 @@ def _crops(args: argparse.Namespace) -> Shown:
     else:
         questions = list(islice(read_picture_questions(args.data), args.limit))
     systems = make_picture_systems(args.system or SYSTEMS, seed=args.seed)
-    backend = _load(args)
+    backend = seeing.load_seeing(args)
     instruction = SHORT_ANSWER if args.prompt is None else args.prompt
     with screen.counting("Asking", len(questions)) as advance:
         runs = ask_pictures(
@@ -119,7 +118,7 @@ def _captions(args: argparse.Namespace) -> Shown:
     questions = [
         one for strategy in STRATEGIES for one in ask_for_objects(pictures, strategy, each=each, seed=args.seed)
     ]
-    backend, prompt = _load(args), args.prompt or DESCRIBE
+    backend, prompt = seeing.load_seeing(args), args.prompt or DESCRIBE
     with screen.counting("Captions", len(pictures)) as advance:
         captions = write_captions(
             backend, decoders, pictures, names, prompt=prompt, max_new_tokens=args.max_new_tokens, progress=advance
@@ -140,13 +139,6 @@ def _captions(args: argparse.Namespace) -> Shown:
     ]
     columns = ["decoder", CHAIR_INSTANCE, CHAIR_SENTENCE, RECALL, WORDS, *(f"F1 {strategy}" for strategy in STRATEGIES)]
     return columns, rows, ("decoder", CHAIR_INSTANCE, RECALL)
-
-
-def _load(args: argparse.Namespace) -> Backend:
-    backend = model.load(args)
-    if not backend.sees_pictures:
-        raise InputError(f"{backend.name!r} reads text only: {_TEXT_ONLY}")
-    return backend
 
 
 def _facts(args: argparse.Namespace, backend: Backend, measured: str) -> dict[str, Any]:

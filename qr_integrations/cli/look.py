@@ -139,7 +139,7 @@ def _as_json(plain: Answer, closer: Answer, look: Look, out: Path) -> dict[str, 
     return {
         "plain": seeing.answer_as_json(plain),
         "with_crop": with_crop,
-        "look": {"method": look.importance.method, **seeing.look_as_json(look)},
+        "look": {"method": look.importance.method, **look.as_dict()},
         "picture": str(out),
     }
 

@@ -1,7 +1,6 @@
 """Pictures that a command line names, what it says about answering, and answers as JSON."""
 
 import argparse
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,8 +9,7 @@ from PIL import Image
 
 from qr_integrations.backend import Backend
 from qr_integrations.cli import model, screen
-from qr_integrations.cropping import Look
-from qr_integrations.decoding import DeCo, DeCoRecord
+from qr_integrations.decoding import DeCo
 from qr_integrations.errors import InputError
 from qr_integrations.evaluation.specs import read_layers
 from qr_integrations.images import PicturePolicy, open_picture
@@ -115,25 +113,9 @@ def answer_as_json(answer: Answer) -> dict[str, Any]:
         "prompt_tokens": answer.usage.prompt_tokens,
         "completion_tokens": answer.usage.completion_tokens,
         "seconds": dict(answer.seconds),
-        **({"crop": [look_as_json(look) for look in steps["crop"]]} if "crop" in steps else {}),
-        **({"deco": _corrections(steps["deco"])} if "deco" in steps else {}),
+        **({"crop": [look.as_dict() for look in steps["crop"]]} if "crop" in steps else {}),
+        **({"deco": steps["deco"].as_dict()} if "deco" in steps else {}),
     }
-
-
-def look_as_json(look: Look) -> dict[str, Any]:
-    """Where was looked again: ``box`` is left, top, right, bottom in pixels, None where there was no crop."""
-    box = None if look.box is None else list(look.box.as_tuple())
-    return {"box": box, "lift": look.lift, "sharpness": look.sharpness, "reason": look.reason}
-
-
-def _corrections(record: DeCoRecord) -> dict[str, Any]:
-    anchors = {str(layer): count for layer, count in anchors_of(record).items()}
-    return {"num_steps": len(record), "share_changed": record.share_changed, "anchors": anchors}
-
-
-def anchors_of(record: DeCoRecord) -> dict[int, int]:
-    """Layer -> at how many steps it was listened to."""
-    return dict(sorted(Counter(layer for step in record for layer in step.anchor if layer is not None).items()))
 
 
 def seconds_of(answer: Answer) -> float:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from qr_integrations.backend.picture_geometry import PictureTokens
 from qr_integrations.backend.picture_reading import ReadPictures
+from qr_integrations.backend.prompts import Prompt
 from qr_integrations.cropping.importance import ImportanceMap
 from qr_integrations.errors import InputError
 from qr_integrations.types import Message
@@ -50,6 +51,14 @@ def _with_last_words(messages: Sequence[Message], words: str | None, instruction
     last = messages[places[-1]]
     text = " ".join(part for part in (last.text if words is None else words, instruction) if part)
     return (*messages[: places[-1]], Message.user(*last.pictures, text))
+
+
+def as_maps(
+    values: Sequence[Float[Tensor, "_ _ _"]], found: Sequence[PictureTokens], question: Prompt, method: str
+) -> tuple[ImportanceMap, ...]:
+    """The maps of a prompt's pictures, each the mean over its layers; `values` are ``[L, rows, columns]`` for each."""
+    rows = zip(values, found, question.pictures, strict=True)
+    return tuple(as_map(one.mean(0), where, picture.size, method) for one, where, picture in rows)
 
 
 def as_map(

@@ -6,7 +6,7 @@ from PIL import Image
 
 from qr_integrations.backend import Backend
 from qr_integrations.backend.picture_reading import attention_to_pictures, find_pictures, read_pictures
-from qr_integrations.cropping.asking import Importance, as_map, asked
+from qr_integrations.cropping.asking import Importance, as_maps, asked
 from qr_integrations.cropping.importance import ImportanceMap
 from qr_integrations.cropping.layers import Layers, choose_layers
 from qr_integrations.types import Message
@@ -39,7 +39,4 @@ class GradientAttention:
         question = self._backend.lay_out(asked(messages, self._instruction))
         read = read_pictures(self._backend, question)
         maps = attention_to_pictures(self._backend, question, self._layers, weighed=True, read=read)
-        found = find_pictures(self._backend, question)
-        sizes = [picture.size for picture in question.pictures]
-        rows = zip(maps, found, sizes, strict=True)
-        return Importance(tuple(as_map(one.mean(0), where, size, self.method) for one, where, size in rows), read)
+        return Importance(as_maps(maps, find_pictures(self._backend, question), question, self.method), read)

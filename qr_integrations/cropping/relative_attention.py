@@ -14,7 +14,7 @@ from qr_integrations.backend.picture_reading import (
     read_pictures,
 )
 from qr_integrations.backend.prompts import Prompt
-from qr_integrations.cropping.asking import GENERIC, Importance, as_map, asked, asked_in_general
+from qr_integrations.cropping.asking import GENERIC, Importance, as_maps, asked, asked_in_general
 from qr_integrations.cropping.importance import ImportanceMap
 from qr_integrations.cropping.layers import Layers, choose_layers
 from qr_integrations.types import Message
@@ -61,10 +61,7 @@ class RelativeAttention:
         generic = self._backend.lay_out(asked_in_general(messages, self._generic, self._instruction))
         read = read_pictures(self._backend, question)
         maps = relative_attention(self._backend, question, generic, self._layers, read)
-        found = find_pictures(self._backend, question)
-        sizes = [picture.size for picture in question.pictures]
-        rows = zip(maps, found, sizes, strict=True)
-        return Importance(tuple(as_map(one.mean(0), where, size, self.method) for one, where, size in rows), read)
+        return Importance(as_maps(maps, find_pictures(self._backend, question), question, self.method), read)
 
 
 def relative_attention(

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from PIL import Image
@@ -44,6 +44,11 @@ class Look:
     sharpness: float
     lift: float
     reason: str = ""
+
+    def as_dict(self) -> dict[str, Any]:
+        """``{"box", "sharpness", "lift", "reason"}``, as it stands in JSON and in the adapters' metadata."""
+        box = None if self.box is None else list(self.box.as_tuple())
+        return {"box": box, "sharpness": float(self.sharpness), "lift": float(self.lift), "reason": self.reason}
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,6 +4,7 @@ Legend: B batch (or beams), N positions of a pass.
 """
 
 import math
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
@@ -96,6 +97,16 @@ class _Record(Sequence[Step], Generic[Step]):
 
 class DeCoRecord(_Record[DeCoStep]):
     """What `DeCo` did: a sequence of `DeCoStep`, which grows while the model generates."""
+
+    @property
+    def anchors(self) -> dict[int, int]:
+        """Layer -> how often it was listened to."""
+        return dict(sorted(Counter(layer for step in self for layer in step.anchor if layer is not None).items()))
+
+    def as_dict(self) -> dict[str, Any]:
+        """``{"num_steps", "share_changed", "anchors"}``, as it stands in JSON and in the adapters' metadata."""
+        anchors = {str(layer): count for layer, count in self.anchors.items()}
+        return {"num_steps": len(self), "share_changed": self.share_changed, "anchors": anchors}
 
     def _step(self, *columns: tuple[Any, ...]) -> DeCoStep:
         anchor, max_prob, num_candidates, changed = columns
