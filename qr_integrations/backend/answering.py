@@ -20,8 +20,10 @@ from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteria
 from qr_integrations.backend.listening import Finite, Listener
 from qr_integrations.backend.memory import memory_advice
 from qr_integrations.backend.picture_reading import ReadPictures, continued_inputs
-from qr_integrations.backend.prompts import Prompt, as_messages, lay_out
+from qr_integrations.backend.prompts import Prompt, as_messages, check_num_visual_tokens, lay_out
 from qr_integrations.backend.reader import Reader
+from qr_integrations.backend.surgery import prefill_pruned
+from qr_integrations.backend.visual_tokens import Pruner
 from qr_integrations.errors import InputError
 from qr_integrations.types import Answer, AnswerPiece, Message, Usage
 
@@ -58,6 +60,43 @@ class Corrector(Protocol):
     def on(self, backend: Any) -> AbstractContextManager[Any]:
         """Within the block, the backend's model is corrected; gives a record that grows meanwhile."""
         ...
+
+
+@runtime_checkable
+class VisualBudget(Protocol):
+    """What decides how many tokens each picture of a conversation gets."""
+
+    def choose(self, backend: Any, messages: tuple[Message, ...]) -> int:
+        """The number."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Steps:
+    """What is done besides generating, in the order in which it is done; None: nothing. See `Backend.answer`.
+
+    Raises:
+        InputError: something that cannot do its part.
+    """
+
+    crop: Cropper | None = None
+    num_visual_tokens: int | VisualBudget | None = None
+    prune: Pruner | None = None
+    deco: Corrector | None = None
+
+    def __post_init__(self) -> None:
+        for name, kind, cure in _KINDS:
+            step = getattr(self, name)
+            if step is not None and (isinstance(step, type) or not isinstance(step, kind)):
+                raise InputError(f"{name}={step!r} cannot be used: pass {cure}")
+
+
+_KINDS = (
+    ("crop", Cropper, "crop=ViCrop()"),
+    ("num_visual_tokens", int | VisualBudget, "a number, or a budget such as TokenBudget(256)"),
+    ("prune", Pruner, "prune=CDPruner(keep=64) or another pruner"),
+    ("deco", Corrector, "deco=DeCo()"),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,51 +195,77 @@ def as_generation(settings: Mapping[str, Any]) -> Generation:
 def answer(
     backend: Reader,
     messages: str | Sequence[Message],
-    crop: Cropper | None,
-    deco: Corrector | None,
+    steps: Steps,
     generation: Generation,
     emit: Callable[[str], None] | None = None,
     gone: Callable[[], bool] = lambda: False,
 ) -> Answer:
     """See `Backend.answer`; `emit` takes each piece of text as it comes, `gone` says that nobody waits any more."""
-    _check_steps(crop, deco)
-    steps: dict[str, Any] = {}
+    done: dict[str, Any] = {}
     seconds: dict[str, float] = {}
-    conversation, read = as_messages(messages), None
+    conversation = as_messages(messages)
     with backend.locked(lambda: _check_listener(gone)):
-        if crop is not None and any(message.pictures for message in conversation):
+        read = None
+        if steps.crop is not None and any(message.pictures for message in conversation):
             started = time.perf_counter()
-            cropped = crop.crop(backend, conversation)
-            conversation, steps["crop"], read = cropped.messages, cropped.record, cropped.read
+            cropped = steps.crop.crop(backend, conversation)
+            conversation, done["crop"], read = cropped.messages, cropped.record, cropped.read
             del cropped
             seconds["crop"] = time.perf_counter() - started
             _check_listener(gone)
-        prompt = lay_out(backend, conversation)
-        listener = Listener(backend.tokenizer, len(prompt), generation.stop, emit, gone)
         started = time.perf_counter()
+        prompt = lay_out(backend, conversation, _num_visual_tokens(backend, conversation, steps, done))
         config = generation.config(backend, backend.max_tokens and backend.max_tokens - len(prompt))
-        with torch.no_grad(), memory_advice(len(prompt), backend.name):  # before what corrects every pass of the model
-            inputs = continued_inputs(backend, prompt, read if config.num_beams == 1 else None)
-            read = None  # the answer has its own copy
-        with deco.on(backend) if deco is not None else nullcontext() as record:
-            token_ids = _generate(backend, prompt, inputs, config, generation.seed, listener)
+        begun = _begin(backend, prompt, steps.prune, read, config.num_beams)  # before what corrects every pass
+        read = None  # the answer has its own copy
+        done |= begun.record
+        listener = Listener(backend.tokenizer, len(begun.prompt), generation.stop, emit, gone)
+        with begun.decoding, steps.deco.on(backend) if steps.deco is not None else nullcontext() as record:
+            token_ids = _generate(backend, begun.prompt, begun.inputs, config, generation.seed, listener)
         seconds["generate"] = time.perf_counter() - started
         if listener.first_token_at is not None:
             seconds["first_token"] = listener.first_token_at - started
-    if deco is not None:
-        steps["deco"] = record
+    if steps.deco is not None:
+        done["deco"] = record
     text, stopped = listener.read(token_ids)
     listener.finish(text)
     ended = stopped or (len(token_ids) > 0 and int(token_ids[-1]) in _end_tokens(config))
-    usage = Usage(len(prompt), len(token_ids))
-    return Answer(text, "stop" if ended else "length", usage, steps, seconds)
+    usage = Usage(len(begun.prompt), len(token_ids))
+    return Answer(text, "stop" if ended else "length", usage, done, seconds)
 
 
-def _check_steps(crop: Any, deco: Any) -> None:
-    if crop is not None and (isinstance(crop, type) or not isinstance(crop, Cropper)):
-        raise InputError(f"crop={crop!r} cannot look at pictures: pass crop=ViCrop()")
-    if deco is not None and (isinstance(deco, type) or not isinstance(deco, Corrector)):
-        raise InputError(f"deco={deco!r} cannot correct: pass deco=DeCo()")
+def _num_visual_tokens(
+    backend: Reader, conversation: tuple[Message, ...], steps: Steps, done: dict[str, Any]
+) -> int | None:
+    """As many as were asked for, or as a budget chooses, which is noted."""
+    asked = steps.num_visual_tokens
+    if asked is None or isinstance(asked, int):
+        return asked
+    check_num_visual_tokens(backend, 1)
+    done["num_visual_tokens"] = asked.choose(backend, conversation)
+    return int(done["num_visual_tokens"])
+
+
+@dataclass(frozen=True, slots=True)
+class _Begun:
+    """A prompt as the generation goes on from it."""
+
+    prompt: Prompt
+    inputs: Mapping[str, Any]
+    record: Mapping[str, Any]
+    decoding: AbstractContextManager[None]
+
+
+def _begin(backend: Reader, prompt: Prompt, prune: Pruner | None, read: ReadPictures | None, num_beams: int) -> _Begun:
+    """Read what is to be read before `generate`: with fewer tokens, or behind what was read before."""
+    with torch.no_grad(), memory_advice(len(prompt), backend.name):
+        if prune is None or not prompt.pictures:
+            inputs = continued_inputs(backend, prompt, read if num_beams == 1 else None)
+            return _Begun(prompt, inputs, {}, nullcontext())
+        prefilled = prefill_pruned(backend, prompt.inputs, prune, (prompt.messages[-1].text,))
+    inputs = prefilled.continued(num_beams)
+    shorter = Prompt(prompt.messages, inputs, tuple(prefilled.token_ids[0].tolist()))
+    return _Begun(shorter, inputs, {"prune": prefilled.record}, prefilled.decoding(backend))
 
 
 class _Gone(Exception):
@@ -271,8 +336,7 @@ def _seeded(seed: int | None, device: torch.device) -> Iterator[None]:
 def stream(
     backend: Reader,
     messages: str | Sequence[Message],
-    crop: Cropper | None,
-    deco: Corrector | None,
+    steps: Steps,
     generation: Generation,
 ) -> Iterator[AnswerPiece]:
     """See `Backend.stream`: the generation runs in a thread of its own and ends when the caller stops listening."""
@@ -287,7 +351,7 @@ def stream(
     def work() -> None:
         try:
             whole = answer(
-                backend, messages, crop, deco, generation, lambda delta: pieces.put(AnswerPiece(delta)), closed.is_set
+                backend, messages, steps, generation, lambda delta: pieces.put(AnswerPiece(delta)), closed.is_set
             )
             pieces.put(AnswerPiece("", whole))
         except BaseException as error:  # goes to the caller, who waits for it

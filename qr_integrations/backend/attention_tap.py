@@ -11,7 +11,7 @@ import copy
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -258,6 +258,25 @@ def run_weighed(
     with torch.enable_grad(), _installed(modules, state):
         number = run()
         return state.result(), state.gradients(number)
+
+
+class _Watched(_Pass):
+    """Shows somebody what comes by."""
+
+    def __init__(self, look: Callable[[Any, Tensor, Tensor, Any, dict[str, Any]], None]) -> None:
+        super().__init__(None, None, 0)
+        self.look = look
+
+    def attend(self, module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, kwargs: dict[str, Any]) -> Any:
+        self.look(module, query, key, mask, kwargs)
+        return super().attend(module, query, key, value, mask, kwargs)
+
+
+def rows_watched(
+    modules: Sequence[nn.Module], look: Callable[[Any, Tensor, Tensor, Any, dict[str, Any]], None]
+) -> AbstractContextManager[None]:
+    """Within the block, `look` sees module, rotated queries, keys, mask and arguments of every attention there."""
+    return _installed(modules, _Watched(look))
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,11 +9,20 @@ from typing import Any
 import torch
 from transformers import ProcessorMixin
 
-from qr_integrations.backend.answering import Corrector, Cropper, answer, as_generation, stream
+from qr_integrations.backend.answering import (
+    Corrector,
+    Cropper,
+    Steps,
+    VisualBudget,
+    answer,
+    as_generation,
+    stream,
+)
 from qr_integrations.backend.loading import load_model, load_processor, resolve_device, resolve_dtype, resolve_name
 from qr_integrations.backend.memory import free_memory
 from qr_integrations.backend.prompts import Prompt, as_messages, lay_out
 from qr_integrations.backend.reader import Reader
+from qr_integrations.backend.visual_tokens import Pruner
 from qr_integrations.errors import InputError
 from qr_integrations.types import Answer, AnswerPiece, Message
 
@@ -117,6 +126,8 @@ class Backend(Reader):
         messages: str | Sequence[Message],
         *,
         crop: Cropper | None = None,
+        num_visual_tokens: int | VisualBudget | None = None,
+        prune: Pruner | None = None,
         deco: Corrector | None = None,
         **generation: Any,
     ) -> Answer:
@@ -125,6 +136,9 @@ class Backend(Reader):
         Args:
             messages: a question, or messages in the order in which they were said; `Message.user("What?", picture)`.
             crop: looks again at the pictures first: `qr_integrations.cropping.ViCrop`.
+            num_visual_tokens: of each picture, for matryoshka models; or a budget that chooses, such as
+                `qr_integrations.encoding.TokenBudget`.
+            prune: drops tokens of the pictures: `qr_integrations.pruning.CDPruner`, `SparseVLM`.
             deco: corrects what is said: `qr_integrations.decoding.DeCo`.
             generation: `max_new_tokens` (256), `temperature` (0), `top_p`, `top_k`, `num_beams` (1),
                 `repetition_penalty` (1), `stop` (texts that end the answer), `seed`; see `Generation`.
@@ -133,22 +147,24 @@ class Backend(Reader):
             InputError: nothing to answer, pictures for a model that reads text only, a broken picture, a setting.
             WindowError: the conversation is longer than the model's window.
         """
-        return answer(self, messages, crop, deco, as_generation(generation))
+        return answer(self, messages, Steps(crop, num_visual_tokens, prune, deco), as_generation(generation))
 
     def stream(
         self,
         messages: str | Sequence[Message],
         *,
         crop: Cropper | None = None,
+        num_visual_tokens: int | VisualBudget | None = None,
+        prune: Pruner | None = None,
         deco: Corrector | None = None,
         **generation: Any,
     ) -> Iterator[AnswerPiece]:
         """As `answer`, piece by piece; the last piece carries the whole. Who stops listening stops the generation."""
-        return stream(self, messages, crop, deco, as_generation(generation))
+        return stream(self, messages, Steps(crop, num_visual_tokens, prune, deco), as_generation(generation))
 
-    def lay_out(self, messages: str | Sequence[Message]) -> Prompt:
+    def lay_out(self, messages: str | Sequence[Message], *, num_visual_tokens: int | None = None) -> Prompt:
         """The conversation as the model reads it, up to where the answer begins."""
-        return lay_out(self, as_messages(messages))
+        return lay_out(self, as_messages(messages), num_visual_tokens)
 
     def _load_processor(self) -> ProcessorMixin:
         return load_processor(*self._source) if self._source is not None else super()._load_processor()

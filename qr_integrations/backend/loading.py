@@ -22,6 +22,7 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 from transformers.utils import logging as transformers_logging
 
+from qr_integrations.backend import mqt_llava  # noqa: F401 (transformers shall know it)
 from qr_integrations.bundled import BUNDLED, bundled_path
 from qr_integrations.errors import LoadError, MissingExtra
 

@@ -15,8 +15,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 
-from qr_integrations.backend import picture_geometry
+from qr_integrations.backend import picture_geometry, visual_places
 from qr_integrations.backend.picture_geometry import PictureTokens, Size
+from qr_integrations.backend.visual_tokens import VisualPlaces
 from qr_integrations.errors import InputError, UnsupportedModelError
 
 _SIDE = 224  # published for Qwen2.5-VL; no other tower that takes pictures of any size has a side of its own either
@@ -120,6 +121,8 @@ class PictureFamily:
         layers: depth of the language model -> the layer whose attention was published as the best, counted from 0.
         template: the published prompt with ``{pictures}`` and ``{question}``, for checkpoints without a chat template.
             Without ``{pictures}`` where the processor puts them there itself.
+        shown: finds what each placeholder shows, see `places`. None where tokens of pictures cannot be dropped: they
+            see each other in both directions, or are added to the states of several layers.
     """
 
     model_types: tuple[str, ...]
@@ -133,6 +136,7 @@ class PictureFamily:
     base: int | None = None
     layers: Mapping[int, int] = field(default_factory=dict)
     template: str | None = None
+    shown: Callable[..., VisualPlaces] | None = None
 
     def locate(
         self, config: PreTrainedConfig, processor: Any, inputs: Mapping[str, Any], sizes: Sequence[Size]
@@ -164,6 +168,20 @@ class PictureFamily:
         """
         return self.choose(inputs, pictures, first, stop) if first < stop else {}
 
+    def places(self, model: PreTrainedModel, inputs: Mapping[str, Any]) -> VisualPlaces:
+        """What each placeholder of one or more prompts shows, in the order in which they are read.
+
+        Raises:
+            UnsupportedModelError: tokens of this family's pictures cannot be dropped.
+        """
+        if self.shown is None:
+            known = ", ".join(name for family in _FAMILIES if family.shown for name in family.model_types)
+            raise UnsupportedModelError(
+                f"tokens of pictures cannot be dropped in {model.config.model_type!r}: use a model of type {known}, or "
+                "ask without prune"
+            )
+        return self.shown(model, inputs)
+
     def side(self, config: PreTrainedConfig) -> int:
         """The side of a crop in pixels: the published one, or that of the vision tower."""
         given = config.vision_config.image_size if self.base is None else self.base
@@ -172,8 +190,17 @@ class PictureFamily:
 
 _PICTURE_FIRST = "{pictures}\nUSER: {question}\nASSISTANT:"
 
+_IN_PATCHES = PictureFamily(
+    ("llava",),
+    picture_geometry.locate_patches,
+    _lined,
+    layers={32: 14},
+    template=_PICTURE_FIRST,
+    shown=visual_places.places_of_equals,
+)
+_IN_TILES = PictureFamily(("llava_onevision",), picture_geometry.locate_base, _nested, template=_PICTURE_FIRST)
 _NEAR_THEIR_SIZE = PictureFamily(
-    ("qwen2_vl", "qwen3_vl"),
+    ("qwen3_vl",),
     picture_geometry.locate_merged,
     _gridded,
     positions=_in_three_directions,
@@ -183,10 +210,13 @@ _NEAR_THEIR_SIZE = PictureFamily(
 # Sides, layers and prompts: saccharomycetes/mllms_know, commit a64c5d5. The sides for LLaVA-1.5 (336) and InstructBLIP
 # (224) are those of their towers. It has nothing for the other families; PaliGemma's prompt is its authors' own.
 _FAMILIES = (
-    PictureFamily(("llava",), picture_geometry.locate_patches, _lined, layers={32: 14}, template=_PICTURE_FIRST),
-    PictureFamily(("llava_next", "llava_onevision"), picture_geometry.locate_base, _nested, template=_PICTURE_FIRST),
+    _IN_PATCHES,
+    replace(_IN_PATCHES, model_types=("mqt_llava",), layout=picture_geometry.locate_pooled, has_places=False),
+    _IN_TILES,
+    replace(_IN_TILES, model_types=("llava_next",), shown=visual_places.places_of_anyres),
     _NEAR_THEIR_SIZE,
-    replace(_NEAR_THEIR_SIZE, model_types=("qwen2_5_vl",), layers={36: 22}),
+    replace(_NEAR_THEIR_SIZE, model_types=("qwen2_vl",), shown=visual_places.places_of_merged),
+    replace(_NEAR_THEIR_SIZE, model_types=("qwen2_5_vl",), layers={36: 22}, shown=visual_places.places_of_merged),
     PictureFamily(
         ("instructblip",),
         picture_geometry.locate_queries,
@@ -207,9 +237,13 @@ _FAMILIES = (
         by_position=("token_type_ids",),
         template="{pictures}answer en {question}",
     ),
-    PictureFamily(("idefics3", "smolvlm"), picture_geometry.locate_global_tile, _batched),
-    PictureFamily(("internvl",), picture_geometry.locate_thumbnail, _stacked),
-    PictureFamily(("mistral3",), picture_geometry.locate_lines, _lined, base=_SIDE),
+    PictureFamily(
+        ("idefics3", "smolvlm"), picture_geometry.locate_global_tile, _batched, shown=visual_places.places_of_equals
+    ),
+    PictureFamily(("internvl",), picture_geometry.locate_thumbnail, _stacked, shown=visual_places.places_of_equals),
+    PictureFamily(
+        ("mistral3",), picture_geometry.locate_lines, _lined, base=_SIDE, shown=visual_places.places_of_lines
+    ),
 )
 
 

@@ -209,6 +209,23 @@ def locate_queries(
     return _place(config, inputs, [_Layout(slots, 0, Grid(1, slots), _whole(size)) for size in sizes])
 
 
+def locate_pooled(config: Any, processor: Any, inputs: Mapping[str, Any], sizes: Sequence[Size]) -> list[PictureTokens]:
+    """As many slots for each picture as were asked for, filled by queries that look at all of one view of it.
+
+    Raises:
+        InputError: the prompt holds other pictures than those of `sizes`.
+        UnsupportedModelError: the image processor resizes in a way that is not known here.
+    """
+    if not sizes:
+        return []
+    height, width = inputs["pixel_values"].shape[-2:]
+    slots, patches = len(_placeholders(config, inputs)) // len(sizes), _patches(config, height, width)
+    areas = [
+        _trimmed(processed_area(processor.image_processor, size), config, patches, height, width) for size in sizes
+    ]
+    return _place(config, inputs, [_Layout(slots, 0, Grid(1, slots), area) for area in areas])
+
+
 def processed_area(image_processor: Any, size: Size) -> Area:
     """What an image processor keeps of a picture that it pads, resizes and cuts, in the picture's own pixels.
 

@@ -18,6 +18,7 @@ from qr_integrations.backend.picture_geometry import PictureTokens
 from qr_integrations.backend.prefix import Prefix, new_cache
 from qr_integrations.backend.prompts import Prompt
 from qr_integrations.backend.qformer import composed, watched_queries
+from qr_integrations.backend.query_transformer import QueryTransformer
 from qr_integrations.backend.reader import Reader
 from qr_integrations.errors import HeadError, InputError
 from qr_integrations.types import Grid, Span
@@ -90,7 +91,8 @@ def attention_to_pictures(
     """How much the token before the answer attends to each cell of each picture, the mean over the heads of a layer.
 
     Only the last row of attention is computed, and nothing above the deepest layer. Where queries look at the picture
-    for the language model (InstructBLIP), the attention to the queries is composed with theirs to the picture.
+    for the language model (InstructBLIP, MQT-LLaVA), the attention to the queries is composed with theirs to the
+    picture.
 
     Args:
         backend: the model.
@@ -109,6 +111,11 @@ def attention_to_pictures(
     prefix = read.prefix if read is not None and usable else None
     start = len(prefix) if prefix else 0
     given = rest_inputs(backend.model, family, prompt.inputs, pictures, start)
+    pooled_MN = pooling_of(backend.model)
+    if pictures and pooled_MN is not None:
+        rows_LT = last_row(backend, given, layers, len(prompt), prefix=prefix, weighed=weighed)
+        shares = pooled_MN[: len(pictures[0].positions)].to(rows_LT)
+        return composed(rows_LT, pictures, shares.expand(len(pictures), -1, -1), map_grid(backend, prompt, pictures[0]))
     if pictures and not family.has_places:
         with backend.locked(), watched_queries(backend.model) as looks:
             rows_LT = last_row(backend, given, layers, len(prompt), weighed=weighed, answered=looks.differentiate)
@@ -117,6 +124,15 @@ def attention_to_pictures(
     places = [torch.tensor(picture.positions, device=rows_LT.device) for picture in pictures]
     shapes = [(picture.grid.rows, picture.grid.columns) for picture in pictures]
     return tuple(rows_LT[:, some].unflatten(1, shape) for some, shape in zip(places, shapes, strict=True))
+
+
+def pooling_of(model: Any) -> Float[Tensor, "M N"] | None:
+    """How much each query takes from each patch, the mean over heads, where that is the same for all pictures."""
+    projector = getattr(model.base_model, "multi_modal_projector", None)
+    if not isinstance(projector, QueryTransformer):
+        return None
+    with torch.no_grad():
+        return projector.attention().mean(0)
 
 
 def map_grid(backend: Reader, prompt: Prompt, picture: PictureTokens) -> Grid:

@@ -62,18 +62,28 @@ def _opened(part: Any) -> Any:
     return part if isinstance(part, str) else open_picture(part, policy=_DECODED)
 
 
-def lay_out(opened: OpenedModel, messages: tuple[Message, ...]) -> Prompt:
+def lay_out(opened: OpenedModel, messages: tuple[Message, ...], num_visual_tokens: int | None = None) -> Prompt:
     """The conversation in the model's chat format, up to where the answer begins.
 
     A model without a chat template reads its family's published prompt or, if it reads text only, the bare texts.
 
+    Args:
+        opened: the model.
+        messages: the conversation.
+        num_visual_tokens: how many tokens each picture gets, for models that can tell it in any number of them.
+
     Raises:
-        InputError: pictures for a model that reads text only, or a conversation that the template refuses.
+        InputError: pictures for a model that reads text only, a conversation that the template refuses, or a number of
+            tokens that the model cannot make.
         WindowError: it is longer than the model's window.
     """
     pictures = [picture for message in messages for picture in message.pictures]
+    if num_visual_tokens is not None:
+        check_num_visual_tokens(opened, num_visual_tokens)
     if pictures or opened.sees_pictures:
         inputs = _with_pictures(opened, messages, pictures)
+        if num_visual_tokens is not None:
+            inputs = _with_fewer(opened, inputs, num_visual_tokens)
     else:
         text = _render(opened.tokenizer, [{"role": m.role, "content": m.text} for m in messages])
         text = "\n".join(message.text for message in messages) if text is None else text
@@ -86,6 +96,30 @@ def lay_out(opened: OpenedModel, messages: tuple[Message, ...]) -> Prompt:
             "answer: pass fewer or shorter messages, or fewer pictures"
         )
     return Prompt(messages, tensors, token_ids)
+
+
+def check_num_visual_tokens(opened: OpenedModel, given: Any) -> None:
+    """Whether the model can tell a picture in so many tokens.
+
+    Raises:
+        InputError: it has a fixed number, or fewer, or that is no number.
+    """
+    most = getattr(opened.model.config, "num_queries", None)
+    if most is None:
+        raise InputError(
+            f"{opened.name!r} makes a fixed number of tokens of a picture: load a matryoshka model, such as "
+            "'qr-mini-vl-mqt', or drop tokens with prune=CDPruner(keep=...)"
+        )
+    if isinstance(given, bool) or not isinstance(given, int) or not 1 <= given <= most:
+        raise InputError(f"num_visual_tokens={given!r} cannot be made by {opened.name!r}: pass 1 to {most}")
+
+
+def _with_fewer(opened: OpenedModel, inputs: Mapping[str, Any], count: int) -> dict[str, Any]:
+    """The first `count` placeholders of each picture stay."""
+    ids, most = inputs["input_ids"], opened.model.config.num_queries
+    visual = ids[0] == opened.model.config.image_token_id
+    stays = ~visual | ((visual.long().cumsum(0) - 1) % most < count)
+    return {name: value[:, stays] if value.shape == ids.shape else value for name, value in inputs.items()}
 
 
 def _with_pictures(opened: OpenedModel, messages: tuple[Message, ...], pictures: list[Any]) -> Mapping[str, Any]:

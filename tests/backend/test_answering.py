@@ -430,7 +430,7 @@ def test_who_is_gone_does_not_wait_for_the_model() -> None:
     locked.wait(30)
     try:
         with pytest.raises(answering._Gone):
-            answering.answer(opened, "What?", None, None, answering.Generation(), gone=lambda: True)
+            answering.answer(opened, "What?", answering.Steps(), answering.Generation(), gone=lambda: True)
         assert holder.is_alive()
     finally:
         done.set()

@@ -93,10 +93,10 @@ def draw_example(rng: random.Random, progress: float, pair: bool, resolution: in
 
 
 class Packer:
-    """Puts examples together, with the tokens that the chat template would give."""
+    """Puts examples together, with the tokens that the chat template would give; a picture has `tokens` of them."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast, sizes: Sizes) -> None:
-        self.tokenizer, self.sizes = tokenizer, sizes
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, sizes: Sizes, tokens: int | None = None) -> None:
+        self.tokenizer, self.sizes, self.tokens = tokenizer, sizes, tokens or sizes.patches
         self.words: dict[str, int] = tokenizer.get_vocab()
         self.image = int(tokenizer.convert_tokens_to_ids("<image>"))
         self.end = int(tokenizer.eos_token_id)
@@ -109,7 +109,7 @@ class Packer:
 
     def rows(self, example: Example) -> tuple[list[int], list[int], list[int], list[int], list[float]]:
         """Ids, positions, branches, targets and weights of one sequence."""
-        shared = [self.begin] + [self.image] * (self.sizes.patches * len(example.views))
+        shared = [self.begin] + [self.image] * (self.tokens * len(example.views))
         count = len(shared)
         ids, positions, branch = list(shared), list(range(count)), [SHARED] * count
         targets, weights = [IGNORED] * count, [0.0] * count
@@ -144,9 +144,17 @@ def packed_batch(packer: Packer, name: str, step: int, progress: float, pictures
     return packer.pack([draw_example(seeded(name, step, i), progress, pair, resolution) for i in range(count)])
 
 
-def answer_logits(model: LlavaForConditionalGeneration, batch: Packed) -> Tensor:
-    """Logits (targets, vocabulary) at every position that predicts a token of an answer."""
-    features = torch.cat(model.get_image_features(batch.pixel_values, return_dict=True).pooler_output)
+def picture_features(model: LlavaForConditionalGeneration, batch: Packed) -> Tensor:
+    """What the model's own projector makes of the pictures: (pictures x tokens, width)."""
+    return torch.cat(model.get_image_features(batch.pixel_values, return_dict=True).pooler_output)
+
+
+def answer_logits(model: LlavaForConditionalGeneration, batch: Packed, features: Tensor | None = None) -> Tensor:
+    """Logits (targets, vocabulary) at every position that predicts a token of an answer.
+
+    `features` are the pictures' tokens in the order of the batch, (..., width); the model's own where None.
+    """
+    features = picture_features(model, batch) if features is None else features
     embedded = model.get_input_embeddings()(batch.input_ids)
     places = (batch.input_ids == model.config.image_token_id).unsqueeze(-1)
     embedded = embedded.masked_scatter(places, features.flatten(0, -2).to(embedded.dtype))

@@ -42,10 +42,13 @@ class Stage:
 
 @dataclass
 class Parts:
-    """What the stages share: the model, the tower's own readers, the tokenizer and the sizes."""
+    """What the stages share: the model, what is trained beside it, the tokenizer and the sizes.
+
+    Beside the model stand the tower's own readers, or a fusion of its layers.
+    """
 
     model: LlavaForConditionalGeneration
-    heads: DenseHeads
+    heads: nn.Module
     tokenizer: PreTrainedTokenizerFast
     sizes: Sizes
 
@@ -77,17 +80,24 @@ class Trainer:
         self.parts, self.stage, self.folder, self.workers = parts, stage, folder, workers
         self.packer = Packer(parts.tokenizer, parts.sizes)
         self.step, self.spent, self.sums, self.saved_at = 0, 0.0, dict[str, list[float]](), 0.0
-        inner = parts.model.model
-        tower, language = [inner.vision_tower, parts.heads], [inner.multi_modal_projector, inner.language_model]
+        groups = self.groups()
+        for module in (parts.model, parts.heads):
+            module.requires_grad_(False)
+        for _, modules in groups:
+            for module in modules:
+                module.requires_grad_(True)
+        self.optimisers = Optimisers(groups)
+
+    def groups(self) -> list[Group]:
+        """What learns in this stage, and how fast."""
+        inner, stage = self.parts.model.model, self.stage
+        tower, language = [inner.vision_tower, self.parts.heads], [inner.multi_modal_projector, inner.language_model]
         choices: dict[str, list[Group]] = {
             "tower": [(stage.tower_rate, tower)],
             "language": [(stage.rate, language)],
             "both": [(stage.rate, language), (stage.tower_rate, tower)],
         }
-        groups = choices[stage.name]
-        for module in (*tower, *language):
-            module.requires_grad_(any(module in modules for _, modules in groups))
-        self.optimisers = Optimisers(groups)
+        return choices[stage.name]
 
     @property
     def path(self) -> Path:
@@ -118,6 +128,7 @@ class Trainer:
         """The loss of a step; what is worth reporting is noted on the way."""
         model, total = self.parts.model, torch.zeros((), device=self.parts.device)
         if dense is not None:
+            assert isinstance(self.parts.heads, DenseHeads)
             logits = read_tower(model.model.vision_tower, self.parts.heads, dense.pixel_values)
             parts = tower_losses(logits, dense.labels)
             self._note(
@@ -125,14 +136,17 @@ class Trainer:
             )
             total = total + sum(parts.values())
         if packed is not None:
-            answers = answer_logits(model, packed)
-            loss = answer_loss(answers, packed)
-            targets = packed.targets[packed.targets != IGNORED]
-            words = (packed.weights[packed.targets != IGNORED] == 1.0) & (targets != self.packer.end)
-            right = (answers.argmax(-1) == targets)[words]
-            self._note(answer_loss=float(loss.detach()), answer_right=float(right.float().mean()))
-            total = total + loss
+            total = total + self.noted_loss(answer_logits(model, packed), packed)
         return total
+
+    def noted_loss(self, answers: Tensor, packed: Packed) -> Tensor:
+        """The loss of the answers; it and the share of right words are reported."""
+        loss = answer_loss(answers, packed)
+        targets = packed.targets[packed.targets != IGNORED]
+        words = (packed.weights[packed.targets != IGNORED] == 1.0) & (targets != self.packer.end)
+        right = (answers.argmax(-1) == targets)[words]
+        self._note(answer_loss=float(loss.detach()), answer_right=float(right.float().mean()))
+        return loss
 
     def _note(self, **values: float) -> None:
         for name, value in values.items():
