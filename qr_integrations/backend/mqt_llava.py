@@ -6,7 +6,9 @@ LLaVA model changes. Importing this module makes ``AutoModelForImageTextToText``
 
 from typing import Any
 
+from jaxtyping import Bool, Float
 from torch import Tensor
+from torch.nn.functional import pad
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -50,14 +52,22 @@ class MQTLlavaModel(LlavaModel):
             (tower.image_size // tower.patch_size) ** 2,
         )
 
-    def tokens_of(self, pixel_values: Tensor, num_tokens: int | None = None) -> Tensor:
-        """The first `num_tokens` tokens of each picture, ``[B, m, D]``."""
+    def tokens_of(
+        self, pixel_values: Float[Tensor, "B 3 S S"], num_tokens: int | None = None
+    ) -> Float[Tensor, "B m D"]:
+        """The first `num_tokens` tokens of each picture, all M for None.
+
+        Raises:
+            InputError: tokens other than 1 to M, or pictures of another size than the tower's.
+        """
+        return self.multi_modal_projector(self.patches_of(pixel_values), num_tokens)
+
+    def patches_of(self, pixel_values: Float[Tensor, "B 3 S S"]) -> Float[Tensor, "B N V"]:
+        """What the query transformer reads of each picture: the tower's patches, without its class token."""
         layer = self.config.vision_feature_layer
         outputs: Any = self.vision_tower(pixel_values, output_hidden_states=True, return_dict=True)
-        patches = outputs.hidden_states[layer]
-        if self.config.vision_feature_select_strategy == "default":
-            patches = patches[:, 1:]
-        return self.multi_modal_projector(patches, num_tokens)
+        patches: Tensor = outputs.hidden_states[layer]
+        return patches[:, 1:] if self.config.vision_feature_select_strategy == "default" else patches
 
     def forward(
         self,
@@ -73,12 +83,7 @@ class MQTLlavaModel(LlavaModel):
         """
         if pixel_values is not None and input_ids is not None:
             places = input_ids == self.config.image_token_id
-            count, rest = divmod(int(places.sum()), len(pixel_values))
-            if rest or not count:
-                raise InputError(
-                    f"{int(places.sum())} placeholders are no equal share for each of {len(pixel_values)} pictures: "
-                    "give every picture the same number of tokens"
-                )
+            count = _equal_share(places, len(pixel_values))
             inputs_embeds = self.get_input_embeddings()(input_ids)
             tokens = self.tokens_of(pixel_values, count).flatten(0, 1)
             inputs_embeds = inputs_embeds.masked_scatter(places[..., None], tokens.to(inputs_embeds.dtype))
@@ -95,6 +100,19 @@ class MQTLlavaForConditionalGeneration(LlavaForConditionalGeneration):
         super().__init__(config)
         self.model = MQTLlavaModel(config)
         self.post_init()
+
+
+def _equal_share(places: Bool[Tensor, "B T"], num_pictures: int) -> int:
+    """How many placeholders each picture has. Between two pictures there may be none or any number of other tokens."""
+    total = int(places.sum())
+    count, rest = divmod(total, num_pictures)
+    kinds, lengths = pad(places, (0, 1)).flatten().unique_consecutive(return_counts=True)
+    if rest or not count or (lengths[kinds] % count).any():
+        raise InputError(
+            f"{total} placeholders are no equal share for each of {num_pictures} pictures: give every picture the same "
+            "number of tokens"
+        )
+    return count
 
 
 AutoConfig.register("mqt_llava", MQTLlavaConfig)

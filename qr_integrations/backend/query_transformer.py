@@ -7,6 +7,7 @@ Legend: B pictures, N patches, M queries, m tokens asked for, H heads, V the tow
 """
 
 import math
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,7 +18,23 @@ from torch.nn.functional import interpolate, linear
 from qr_integrations.errors import InputError
 
 _NORM_EPS = 1e-6
-_POOL_FIRST = 32  # up to so many tokens it is cheaper to pool the patches before they are multiplied with the values
+
+
+@dataclass(frozen=True, slots=True)
+class _Constants:
+    """What is the same for all pictures.
+
+    Attributes:
+        of: the parameters it was computed from, by place and version.
+        attention: ``[H, M, N]``.
+        out: from the heads' values to tokens, ``[V, D]``.
+        shift: what every token gets whatever the picture, ``[D]``: rows of the attention sum to 1.
+    """
+
+    of: tuple[Any, ...]
+    attention: Tensor
+    out: Tensor
+    shift: Tensor
 
 
 def sine_cosine_table(width: int, side: int) -> Float[Tensor, "cells width"]:
@@ -48,9 +65,13 @@ def stretch_table(table: Float[Tensor, "cells width"], side: int) -> Float[Tenso
 class QueryTransformer(nn.Module):
     """Learned queries pool a tower's patches; the first m of them alone give the first m tokens.
 
-    Keys are made of places only and queries of parameters only, so the attention is the same for all pictures. Without
-    gradients it is therefore computed once and kept: a picture then costs a pooling with a constant and two products.
-    `plain` is the published computation, and what is trained.
+    Keys are made of places only and queries of parameters only, so the attention is the same for all pictures. Where no
+    parameter learns it is therefore computed once and kept: a picture then costs a pooling with a constant and two
+    products. `plain` is the published computation, and what is trained.
+
+    Differences from the published module: the table of places is a buffer, as it never learns; numbers of tokens are
+    whole numbers only (theirs takes ``"64"``, ``36.9`` and True as well, and draws one at random where none is given,
+    ``"second_stage"``); grids of other sizes than 16 x 16 queries and 24 x 24 patches can be made.
 
     Args:
         width: V, of the tower's patches; a multiple of 4 and of `num_heads`.
@@ -58,10 +79,15 @@ class QueryTransformer(nn.Module):
         out_width: D.
         num_queries: M, a square; 256 in the published checkpoint.
         num_patches: N, a square; 576 in the published checkpoint.
+
+    Raises:
+        InputError: a number that is no square, or a width that cannot be divided so.
     """
 
     def __init__(self, width: int, num_heads: int, out_width: int, num_queries: int = 256, num_patches: int = 576):
         super().__init__()
+        if width % 4 or width % num_heads:
+            raise InputError(f"width={width} cannot be divided by 4 and by {num_heads} heads: pass a multiple of both")
         self.side = _side_of(num_patches, "patches")
         own = _side_of(num_queries, "queries")
         self.num_queries, self.num_patches = num_queries, num_patches
@@ -73,7 +99,7 @@ class QueryTransformer(nn.Module):
         self.proj = nn.Parameter(torch.empty(width, out_width))
         nn.init.trunc_normal_(self.query, std=0.02)
         nn.init.normal_(self.proj, std=width**-0.5)
-        self._kept: tuple[Any, tuple[Tensor, Tensor, Tensor]] | None = None
+        self._kept: _Constants | None = None
 
     def check_num_tokens(self, num_tokens: int | None) -> int:
         """How many tokens are made: all M for None.
@@ -93,6 +119,8 @@ class QueryTransformer(nn.Module):
     def forward(self, patches: Float[Tensor, "B N V"], num_tokens: int | None = None) -> Float[Tensor, "B m D"]:
         """The first `num_tokens` tokens of each picture, all M for None.
 
+        Equal to the first rows of all tokens up to rounding, not bit for bit.
+
         Raises:
             InputError: another number of patches than N, or of tokens than 1 to M.
         """
@@ -102,9 +130,17 @@ class QueryTransformer(nn.Module):
                 f"{patches.shape[1]} patches do not fit a query transformer made for {self.num_patches}: pass pictures "
                 "at the resolution it was trained with"
             )
-        if torch.is_grad_enabled() and self.training:
+        if torch.is_grad_enabled() and any(one.requires_grad for one in self.parameters()):
             return self.plain(patches, count)
-        return self._pooled(patches, count)
+        return self._folded(patches, count)
+
+    def pooled(self, patches: Float[Tensor, "B N V"], num_tokens: int | None = None) -> Float[Tensor, "B m V"]:
+        """What the queries take from each picture before it is multiplied with anything: means of normed patches.
+
+        The heads' attention is averaged, so that a vector keeps the tower's own space.
+        """
+        count = self.check_num_tokens(num_tokens)
+        return self._constants(patches).attention[:, :count].mean(0) @ self.ln_v(patches)
 
     def plain(self, patches: Float[Tensor, "B N V"], num_tokens: int) -> Float[Tensor, "B m D"]:
         """The published computation: three norms, one attention, one projection."""
@@ -130,38 +166,50 @@ class QueryTransformer(nn.Module):
         queries = self.query[:count] + self.pos_embed[:count].to(self.query.dtype)
         return self.ln_q(queries).to(dtype), self.ln_k(keys).to(dtype)
 
-    def _pooled(self, patches: Tensor, count: int) -> Tensor:
-        attention, values, shift = self._constants(patches)
-        normed, heads = self.ln_v(patches), len(attention)
-        if count <= _POOL_FIRST:
-            pooled = torch.einsum("hmn,bnv->bmhv", attention[:, :count], normed)
-            return torch.einsum("bmhv,hvd->bmd", pooled, values) + shift
-        weight_v = self.attn.in_proj_weight.chunk(3)[2]
-        projected = linear(normed, weight_v).unflatten(-1, (heads, -1))
-        brought = torch.einsum("hmn,bnhk->bmhk", attention[:, :count], projected).flatten(2)
-        return brought @ (self.attn.out_proj.weight.mT @ self.proj) + shift
+    def _folded(self, patches: Tensor, count: int) -> Tensor:
+        """`plain`, with all that does not depend on the picture computed beforehand."""
+        kept, normed = self._constants(patches), self.ln_v(patches)
+        attention, heads = kept.attention[:, :count], len(kept.attention)
+        weight_v = self.attn.in_proj_weight.chunk(3)[2].unflatten(0, (heads, -1))
+        if self._pooling_first_is_cheaper(count):
+            pooled = (attention.flatten(0, 1) @ normed).unflatten(1, (heads, -1))
+            values = torch.einsum("bhmv,hkv->bmhk", pooled, weight_v)
+        else:
+            projected = linear(normed, weight_v.flatten(0, 1)).unflatten(-1, (heads, -1))
+            values = torch.einsum("hmn,bnhk->bmhk", attention, projected)
+        return values.flatten(2) @ kept.out + kept.shift
 
-    def _constants(self, patches: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The attention, each head's way from normed patches to tokens ``[H V D]``, and what all tokens get."""
-        now = (
-            patches.dtype,
-            patches.device,
-            *((p.data_ptr(), p._version) for p in self.state_dict(keep_vars=True).values()),
-        )
-        kept = self._kept
-        if kept is None or kept[0] != now:
-            with torch.no_grad():
-                kept = self._kept = (now, self._fold(patches.dtype))
-        return kept[1]
+    def _pooling_first_is_cheaper(self, count: int) -> bool:
+        """Few tokens: pool the patches once a head, and multiply only those with the values' weights."""
+        width, heads = self.query.shape[1], self.attn.num_heads
+        first = count * width * (heads * self.num_patches + width)
+        return first < self.num_patches * width * (width + count)
 
-    def _fold(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-        heads = self.attn.num_heads
-        weight_v = self.attn.in_proj_weight.chunk(3)[2].float().unflatten(0, (heads, -1))
-        out = (self.attn.out_proj.weight.float().mT @ self.proj.float()).unflatten(0, (heads, -1))
-        shift = self.attn.in_proj_bias.chunk(3)[2].float() @ out.flatten(0, 1)
-        shift = shift + self.attn.out_proj.bias.float() @ self.proj.float()
-        values = torch.einsum("hkv,hkd->hvd", weight_v, out)
-        return self.attention().to(dtype), values.to(dtype), shift.to(dtype)
+    def _constants(self, patches: Tensor) -> _Constants:
+        """Computed anew once a parameter was moved, cast, loaded or changed in place, unless through ``.data``."""
+        own = self.state_dict(keep_vars=True).values()
+        versions = [(one.data_ptr(), 0 if one.is_inference() else one._version) for one in own]
+        now = (patches.dtype, patches.device, *versions)
+        kept = self._kept  # another thread may put its own there meanwhile: the same
+        if kept is None or kept.of != now:
+            with torch.inference_mode(False), torch.no_grad():  # what is kept may be needed for gradients later
+                kept = self._kept = self._fold(now, patches.dtype)
+        return kept
+
+    def _fold(self, of: tuple[Any, ...], dtype: torch.dtype) -> _Constants:
+        proj = self.proj.float()
+        out = self.attn.out_proj.weight.float().mT @ proj
+        shift = self.attn.in_proj_bias.float().chunk(3)[2] @ out + self.attn.out_proj.bias.float() @ proj
+        return _Constants(of, self.attention().to(dtype), out.to(dtype), shift.to(dtype))
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "QueryTransformer":
+        self._kept = None  # freed memory may be given to other weights
+        super()._apply(fn, recurse)
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies and pickles do without what can be computed again."""
+        return {**self.__dict__, "_kept": None}
 
 
 def _side_of(cells: int, what: str) -> int:

@@ -314,7 +314,7 @@ def _mask(mask_BT: Bool[Tensor, "B T"], kernel: str, dtype: torch.dtype) -> Tens
 
 def _rows_at(
     rows: Sequence[Tensor], query: Tensor, key: Tensor, mask: Any, kwargs: Mapping[str, Any]
-) -> list[Float[Tensor, "H r T"]]:
+) -> list[Float[Tensor, "H _ T"]]:
     """The attention of all heads at some tokens of each prompt."""
     found, columns = [], torch.arange(key.shape[2], device=key.device)
     for prompt, places in enumerate(rows):

@@ -35,13 +35,13 @@ class TowerView:
     """What the vision tower made of all views of a batch.
 
     Attributes:
-        patches: what went into the projector, ``[views, N, d]``.
+        patches: what went into the projector, ``[views, N, d]``; ``[N, d]`` of all together where they differ in size.
         attended: what went into the self-attention of the layer that made them, ``[views, N (+ 1), d]``, behind its
             norm, the class token first where there is one.
     """
 
-    patches: Float[Tensor, "views N d"]
-    attended: Float[Tensor, "views _ d"] | None = None
+    patches: Float[Tensor, "*views N d"]
+    attended: Float[Tensor, "*views _ d"] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +79,7 @@ class Embedded:
         shown = places[self.visual[prompt]]
         return places[int(shown[-1]) + 1 :] if len(shown) else places[:0]
 
-    def views_of(self, prompt: int) -> list[Int[Tensor, " n"]]:
+    def views_of(self, prompt: int) -> list[Int[Tensor, " _"]]:
         """The places of the tokens of each view of a prompt, in the order of the views."""
         shown = self.visual[prompt].nonzero()[:, 0]
         views = self.view[prompt, shown]
@@ -141,9 +141,9 @@ class Left:
         merged_from: for each of them the place of the token whose picture, view and position it takes over, ``[K]``.
     """
 
-    kept: Sequence[Int[Tensor, " k"]]
-    merged: Sequence[Float[Tensor, "K D"]] | None = None
-    merged_from: Sequence[Int[Tensor, " K"]] | None = None
+    kept: Sequence[Int[Tensor, " _"]]
+    merged: Sequence[Float[Tensor, "_ D"]] | None = None
+    merged_from: Sequence[Int[Tensor, " _"]] | None = None
 
 
 @runtime_checkable
@@ -164,11 +164,11 @@ class Pruning(Protocol):
         """What the first layer reads; None: everything."""
         ...
 
-    def rows(self, now: Embedded) -> Sequence[Int[Tensor, " r"]]:
+    def rows(self, now: Embedded) -> Sequence[Int[Tensor, " _"]]:
         """The places, in each prompt, of the tokens whose attention is read in a layer of `layers`; at least one."""
         ...
 
-    def after(self, layer: int, now: Embedded, attention: Sequence[Float[Tensor, "H r T"]]) -> Left | None:
+    def after(self, layer: int, now: Embedded, attention: Sequence[Float[Tensor, "H _ T"]]) -> Left | None:
         """What is left after a layer of `layers`, from its output and the attention of `rows`; None: everything."""
         ...
 
