@@ -4,14 +4,13 @@ It stands between the rooms and the roof: `langchain` and `llama_index` add thei
 Importing it loads pydantic, which both frameworks bring; the model's libraries are loaded on first use.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
-from functools import cached_property
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from PIL import Image
 from pydantic import AliasChoices, ConfigDict, Field, field_serializer, field_validator
 
+from qr_integrations.chat_steps import CHAT_STEPS, Strategy, as_json, as_step
 from qr_integrations.errors import InputError
 from qr_integrations.images import PicturePolicy, PictureSource, open_picture
 from qr_integrations.model_settings import LOADING, ModelSettings
@@ -34,90 +33,6 @@ _OPTIONAL = ("top_p", "top_k", "seed")
 _ALIASES = {"max_tokens": "max_new_tokens", "stop_sequences": "stop"}
 
 
-# ---- what is done besides generating
-
-
-@dataclass(frozen=True, slots=True)
-class _Step:
-    """One argument of `Backend.answer`, and the setting of the same name."""
-
-    load: Callable[[], type]  # imports the model's libraries
-    recorded: Callable[[Any], Any]  # what stands in `Answer.steps`, as JSON can hold it
-
-
-def _vicrop() -> type:
-    from qr_integrations.cropping.vicrop import ViCrop
-
-    return ViCrop
-
-
-def _deco() -> type:
-    from qr_integrations.decoding import DeCo
-
-    return DeCo
-
-
-def _looks(looks: Sequence[Any]) -> list[dict[str, Any]]:
-    return [look.as_dict() for look in looks]
-
-
-def _corrections(record: Any) -> dict[str, Any]:
-    told: dict[str, Any] = record.as_dict()
-    return told
-
-
-_STEPS = {"crop": _Step(_vicrop, _looks), "deco": _Step(_deco, _corrections)}
-
-
-@dataclass(frozen=True)
-class Strategy:
-    """What is done besides generating.
-
-    Attributes:
-        steps: argument of `Backend.answer` -> what is passed there, in the order in which it is done.
-    """
-
-    steps: Mapping[str, Any]
-
-    @cached_property
-    def method(self) -> str:
-        """``"vicrop"``, ``"deco"``, ``"vicrop+deco"``, or ``"plain"``."""
-        return "+".join(type(step).__name__.lower() for step in self.steps.values()) or "plain"
-
-    @cached_property
-    def params(self) -> dict[str, dict[str, Any]]:
-        """The settings of each step, as JSON can hold them."""
-        return {name: _as_json(step) for name, step in self.steps.items()}
-
-
-def _as_json(step: Any) -> dict[str, Any]:
-    values = {field.name: getattr(step, field.name) for field in fields(step)}
-    return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
-
-
-def _as_step(name: str, given: Any) -> Any:
-    """What was passed as `crop` or `deco`: on, off, or with settings."""
-    if given is None or isinstance(given, bool):
-        return bool(given)
-    kind = _STEPS[name].load()
-    if isinstance(given, kind):
-        return given
-    if not isinstance(given, Mapping):
-        raise InputError(f"{name}={given!r} is no {kind.__name__}: pass True, False, {kind.__name__}(...) or a mapping")
-    known = [field.name for field in fields(kind)]
-    if unknown := [key for key in given if key not in known]:
-        raise InputError(f"{kind.__name__} has no setting {unknown[0]!r}: pass {', '.join(known)}")
-    try:
-        return kind(**{key: tuple(value) if isinstance(value, list) else value for key, value in given.items()})
-    except TypeError as error:
-        raise InputError(
-            f"{name}={given!r} has a value of a wrong type ({error}): pass values as {kind.__name__} has them"
-        ) from error
-
-
-# ---- the adapter
-
-
 class ChatSettings(ModelSettings):
     """A model that sees pictures, and how it answers. The same names in both frameworks.
 
@@ -125,6 +40,10 @@ class ChatSettings(ModelSettings):
         model, backend, device, dtype, device_map, revision, quantization, attn_implementation, local_files_only,
             trust_remote_code, model_kwargs: see `ModelSettings`.
         crop: look again at the part of a picture that matters: True, False, a `ViCrop`, or a mapping of its settings.
+        num_visual_tokens: how many tokens each picture gets, for matryoshka models: a number, a budget that chooses, or
+            a mapping such as ``{"budget": "TokenBudget", "total": 256}``. True lets the model's confidence choose.
+        prune: drop tokens of the pictures: a pruner such as `CDPruner`, or a mapping such as
+            ``{"pruner": "SparseVLM", "keep": 64}``, or what `CDPruner` keeps alone: 64, or 0.25 of all.
         deco: let earlier layers correct what is said: True, False, a `DeCo`, or a mapping of its settings.
         max_new_tokens: the longest answer, in tokens. Also as `max_tokens`.
         temperature: 0 always says the most probable token.
@@ -143,6 +62,8 @@ class ChatSettings(ModelSettings):
 
     model: str | None = Field(default=None, validation_alias=AliasChoices("model", "model_name"))
     crop: Any = False
+    num_visual_tokens: Any = False
+    prune: Any = False
     deco: Any = False
     max_new_tokens: int = Field(default=256, ge=1, validation_alias=AliasChoices("max_new_tokens", "max_tokens"))
     temperature: float = Field(default=0.0, ge=0.0)
@@ -159,14 +80,14 @@ class ChatSettings(ModelSettings):
     max_picture_pixels: int = Field(default=64_000_000, gt=0)
     picture_timeout: float = Field(default=10.0, gt=0.0)
 
-    @field_validator("crop", "deco")
+    @field_validator(*CHAT_STEPS)
     @classmethod
     def _steps_are_known(cls, given: Any, info: Any) -> Any:
-        return _as_step(info.field_name, given)
+        return as_step(info.field_name, given)
 
-    @field_serializer("crop", "deco")
-    def _steps_as_json(self, step: Any) -> Any:
-        return step if isinstance(step, bool) else _as_json(step)
+    @field_serializer(*CHAT_STEPS)
+    def _stepsas_json(self, step: Any, info: Any) -> Any:
+        return step if isinstance(step, bool) else as_json(info.field_name, step)
 
     @field_validator("stop", mode="before")
     @classmethod
@@ -218,11 +139,11 @@ class ChatSettings(ModelSettings):
             raise InputError(f"{place}: {error}") from error
 
     def strategy(self, call: Mapping[str, Any] | None = None) -> Strategy:
-        """What is done besides generating; `call` may hold ``crop`` and ``deco`` for one call."""
-        own = {name: getattr(self, name) for name in _STEPS}
-        given = own | {name: value for name, value in (call or {}).items() if name in _STEPS and value is not None}
-        chosen = {name: _as_step(name, value) for name, value in given.items()}
-        made = {name: _STEPS[name].load()() if step is True else step for name, step in chosen.items()}
+        """What is done besides generating; `call` may hold ``crop``, ``prune`` and so on for one call."""
+        own = {name: getattr(self, name) for name in CHAT_STEPS}
+        given = own | {name: value for name, value in (call or {}).items() if name in CHAT_STEPS and value is not None}
+        chosen = {name: as_step(name, value) for name, value in given.items()}
+        made = {name: CHAT_STEPS[name].kind()() if step is True else step for name, step in chosen.items()}
         return Strategy({name: step for name, step in made.items() if step is not False})
 
     def generation(self, call: Mapping[str, Any] | None = None) -> dict[str, Any]:
@@ -235,8 +156,8 @@ class ChatSettings(ModelSettings):
         """
         given = {_ALIASES.get(name, name): value for name, value in (call or {}).items()}
         given = {name: value for name, value in given.items() if value is not None or name in _OPTIONAL}
-        if unknown := [name for name in given if name not in _GENERATION and name not in _STEPS]:
-            known = ", ".join([*_GENERATION, *_ALIASES, *_STEPS])
+        if unknown := [name for name in given if name not in _GENERATION and name not in CHAT_STEPS]:
+            known = ", ".join([*_GENERATION, *_ALIASES, *CHAT_STEPS])
             raise InputError(f"an answer has no setting {unknown[0]!r}: leave it out, or pass one of {known}")
         merged = {name: given.get(name, getattr(self, name)) for name in _GENERATION}
         return {**merged, "stop": tuple(dict.fromkeys([*self.stop, *_as_stops(given.get("stop"))]))}
@@ -264,7 +185,7 @@ class ChatSettings(ModelSettings):
 
         Args:
             messages: as they were said.
-            call: settings for this call alone: those for generating, ``crop`` and ``deco``.
+            call: settings for this call alone: those for generating, and ``crop``, ``prune`` and so on.
 
         Raises:
             InputError: nothing to answer, or a setting that there is not.
@@ -286,7 +207,8 @@ class ChatSettings(ModelSettings):
         ``model_name``; ``finish_reason``, see `Answer`; ``qr_method``, see `Strategy`; ``qr_params``, the settings of
         each step; ``qr_steps``, what each step did: for ``crop`` a list of ``box`` (left, top, right, bottom in the
         picture's pixels, None if no crop was worth it), ``sharpness``, ``lift`` and ``reason`` of each picture looked
-        at, for ``deco`` ``num_steps``, ``share_changed`` and ``anchors`` (layer -> how often); ``qr_seconds``.
+        at, for ``num_visual_tokens`` how many a budget chose, for ``prune`` which cells stayed, for ``deco``
+        ``num_steps``, ``share_changed`` and ``anchors`` (layer -> how often); ``qr_seconds``.
         """
         strategy = self.strategy(call)
         return {
@@ -294,7 +216,7 @@ class ChatSettings(ModelSettings):
             FINISH_REASON: answer.finish_reason,
             METHOD: strategy.method,
             PARAMS: strategy.params,
-            STEPS: {name: _STEPS[name].recorded(record) for name, record in answer.steps.items()},
+            STEPS: {name: CHAT_STEPS[name].recorded(record) for name, record in answer.steps.items()},
             SECONDS: dict(answer.seconds),
         }
 

@@ -75,6 +75,12 @@ def test_none_is_what_stands_there_by_default() -> None:
         ({"crop": {"min_lift": -1.0}}, r"min_lift=-1\.0"),
         ({"deco": {"alpha": -1.0}}, r"alpha=-1\.0"),
         ({"deco": 0.6}, "deco=0.6 is no DeCo"),
+        ({"prune": True}, r"prune=True does not say how many tokens stay: pass prune=64"),
+        ({"prune": {"pruner": "Nothing"}}, "there is no pruner 'Nothing': pass CDPruner, SparseVLM"),
+        ({"prune": {"pruner": "CDPruner", "kept": 1}}, "CDPruner has no setting 'kept': pass keep"),
+        ({"prune": 1.5}, "keep=1.5 cannot be"),
+        ({"num_visual_tokens": {"budget": "TokenBudget", "totally": 1}}, "TokenBudget has no setting 'totally'"),
+        ({"num_visual_tokens": "many"}, "num_visual_tokens='many' is no"),
     ],
     ids=str,
 )
@@ -121,6 +127,29 @@ def test_steps_come_as_switches_objects_and_mappings() -> None:
     assert steps(crop={"layers": [1, 2]}, deco={"alpha": 0.3, "layers": [2, 3]}) == given
 
 
+def test_fewer_tokens_come_as_numbers_objects_and_mappings() -> None:
+    from qr_integrations.chatting import ChatSettings
+    from qr_integrations.encoding.matryoshka import Confidence, TokenBudget
+    from qr_integrations.pruning import CDPruner, SparseVLM
+
+    def steps(**given: Any) -> Any:
+        return ChatSettings(model="m", **given).strategy().steps
+
+    assert (
+        steps(prune=64) == steps(prune={"keep": 64}) == steps(prune=CDPruner(keep=64)) == {"prune": CDPruner(keep=64)}
+    )
+    assert steps(prune={"pruner": "SparseVLM", "keep": 0.25}) == {"prune": SparseVLM(keep=0.25)}
+    assert steps(num_visual_tokens=16, prune=False) == {"num_visual_tokens": 16}
+    assert steps(num_visual_tokens={"budget": "TokenBudget", "total": 99}) == {"num_visual_tokens": TokenBudget(99)}
+    assert steps(num_visual_tokens=True) == {"num_visual_tokens": Confidence()}
+    everything = {"crop": True, "num_visual_tokens": 16, "prune": 64, "deco": True}
+    assert ChatSettings(model="m", **everything).strategy().method == "vicrop+mqt+cdpruner+deco"
+    given = {"num_visual_tokens": TokenBudget(99), "prune": SparseVLM(keep=64)}
+    chat = ChatSettings(model="m", **given)
+    again = ChatSettings(**json.loads(json.dumps(chat.model_dump(mode="json"))))
+    assert again == chat and again.strategy().steps == given
+
+
 def test_one_call_may_do_other_steps() -> None:
     from qr_integrations.chatting import ChatSettings
     from qr_integrations.decoding import DeCo
@@ -153,6 +182,9 @@ def test_settings_go_through_json() -> None:
         {"deco": {"alpha": 0.3}},
         {"deco": {"layers": [2]}},
         {"deco": False},
+        {"prune": 64},
+        {"prune": {"pruner": "SparseVLM", "keep": 64}},
+        {"num_visual_tokens": 16},
         {"max_tokens": 3},
         {"temperature": 0.5},
         {"top_p": 0.5},
@@ -246,7 +278,11 @@ def test_nothing_said_is_an_error(content: tuple[str, ...]) -> None:
 # ---- answers
 
 
-@pytest.mark.parametrize("steps", [{}, {"crop": True}, {"deco": {"alpha": 0.3}}, {"crop": True, "deco": True}], ids=str)
+STEPS = [{}, {"crop": True}, {"deco": {"alpha": 0.3}}, {"crop": True, "deco": True}, {"prune": 0.5}]
+STEPS += [{"crop": True, "prune": {"pruner": "SparseVLM", "keep": 0.3}, "deco": True}]
+
+
+@pytest.mark.parametrize("steps", STEPS, ids=str)
 def test_answers_are_those_of_the_backend(qr_mini_vl: Any, chat: Any, picture: Image.Image, steps: Any) -> None:
     answer = chat(**steps).give_answer(asked(QUESTION, picture))
     expected = qr_mini_vl.answer(asked(QUESTION, picture), max_new_tokens=5, **chat(**steps).strategy().steps)
@@ -272,6 +308,18 @@ def test_what_is_told_about_an_answer_is_json(chat: Any, picture: Image.Image) -
     assert told["qr_steps"]["deco"]["num_steps"] == sum(told["qr_steps"]["deco"]["anchors"].values()) == len(record)
     assert told["qr_steps"]["deco"]["share_changed"] == record.share_changed
     assert told["qr_seconds"] == answer.seconds and "crop" in told["qr_seconds"]
+
+
+def test_what_was_dropped_is_told_as_json(chat: Any, picture: Image.Image) -> None:
+    pruned = chat(prune=0.25)
+    answer = pruned.give_answer(asked(picture, QUESTION))
+    told = pruned.answer_metadata(answer)
+    assert json.loads(json.dumps(told)) == told and told["qr_method"] == "cdpruner"
+    assert told["qr_params"]["prune"]["pruner"] == "CDPruner" and told["qr_params"]["prune"]["keep"] == 0.25
+    (stage,) = told["qr_steps"]["prune"]["stages"]
+    assert (stage["kept"], stage["of"]) == (25, 100)
+    whole = chat().give_answer(asked(picture, QUESTION))
+    assert whole.usage.prompt_tokens - answer.usage.prompt_tokens == 75
 
 
 def test_a_crop_that_was_not_worth_it_says_why(chat: Any, picture: Image.Image) -> None:

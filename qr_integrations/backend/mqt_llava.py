@@ -4,8 +4,9 @@ The number of placeholders of a picture in the prompt says how many tokens are m
 LLaVA model changes. Importing this module makes ``AutoModelForImageTextToText`` know the model.
 """
 
-from typing import Any
+from typing import Any, no_type_check
 
+import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn.functional import pad
@@ -22,6 +23,7 @@ from qr_integrations.backend.query_transformer import QueryTransformer
 from qr_integrations.errors import InputError
 
 
+@no_type_check  # transformers makes its constructor, which takes more names than its annotations say
 class MQTLlavaConfig(LlavaConfig):
     """A `LlavaConfig` with the query transformer's sizes.
 
@@ -81,11 +83,13 @@ class MQTLlavaModel(LlavaModel):
         Raises:
             InputError: they have not.
         """
-        if pixel_values is not None and input_ids is not None:
+        made = (kwargs.pop("mm_encoder_outputs", None) or {}).get("image")  # `generate` makes all tokens beforehand
+        if input_ids is not None and (pixel_values is not None or made is not None):
             places = input_ids == self.config.image_token_id
-            count = _equal_share(places, len(pixel_values))
+            count = _equal_share(places, len(made.pooler_output if pixel_values is None else pixel_values))
+            whole = self.tokens_of(pixel_values, count) if made is None else torch.stack(list(made.pooler_output))
+            tokens = whole[:, :count].flatten(0, 1)
             inputs_embeds = self.get_input_embeddings()(input_ids)
-            tokens = self.tokens_of(pixel_values, count).flatten(0, 1)
             inputs_embeds = inputs_embeds.masked_scatter(places[..., None], tokens.to(inputs_embeds.dtype))
             input_ids, pixel_values = None, None
         return super().forward(input_ids=input_ids, pixel_values=pixel_values, inputs_embeds=inputs_embeds, **kwargs)

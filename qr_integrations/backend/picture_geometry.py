@@ -216,6 +216,7 @@ def locate_pooled(config: Any, processor: Any, inputs: Mapping[str, Any], sizes:
         InputError: the prompt holds other pictures than those of `sizes`.
         UnsupportedModelError: the image processor resizes in a way that is not known here.
     """
+    _check_count(len(inputs["pixel_values"]) if "pixel_values" in inputs else 0, sizes)
     if not sizes:
         return []
     height, width = inputs["pixel_values"].shape[-2:]

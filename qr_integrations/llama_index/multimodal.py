@@ -32,7 +32,8 @@ from qr_integrations.llama_index.streaming import (
 )
 
 _PICTURES = "image_documents"
-_TOLD = {"crop", "deco", "max_new_tokens", "temperature", "top_p", "top_k", "repetition_penalty", "num_beams", "stop"}
+_TOLD = {"crop", "num_visual_tokens", "prune", "deco", "max_new_tokens", "temperature", "top_p", "top_k", "num_beams"}
+_TOLD |= {"repetition_penalty", "stop"}
 
 
 class _PictureLLM(ChatSettings, LLM):
@@ -191,6 +192,7 @@ class ViCropLLM(_PictureLLM):
 
     Attributes:
         crop: True here; a `ViCrop`, or a mapping of its settings, says how to look.
+        num_visual_tokens, prune: also tell pictures in fewer tokens, see `ChatSettings`.
         deco: also correct what is said, see `DeCoLLM`.
         context_window: tokens of the prompt and the answer; None is the model's own, for which it is loaded, on an
             event loop too where LlamaIndex asks there first (``apredict``, agents).

@@ -30,7 +30,7 @@ from tests.backend.seeing import (
 )
 
 SHARING = ["llava", "pixtral", "llava_next", "llava_onevision", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "gemma3"]
-SHARING += ["idefics3", "smolvlm", "internvl", "mistral3"]
+SHARING += ["idefics3", "smolvlm", "internvl", "mistral3", "mqt_llava"]
 VARIED = dict(temperature=6.0, seed=22, max_new_tokens=12)  # a random model says one word only, unless it is warm
 LOOK = ViCrop(base=30)
 

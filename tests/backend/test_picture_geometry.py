@@ -23,7 +23,7 @@ CELL = dict.fromkeys(FAMILIES, 28) | dict.fromkeys(
     ("llava", "pixtral", "llava_next", "llava_onevision", "paligemma"), 14
 )
 CELL |= {"qwen3_vl": 32}  # pixels of the tower's input
-WITH_PLACES = [name for name in FAMILIES if name != "instructblip"]
+WITH_PLACES = [name for name in FAMILIES if name not in ("instructblip", "mqt_llava")]
 SHAPES = {"1:1": (120, 120), "3:1": (360, 120), "1:3": (120, 360)}
 MARKER = (0.635, 0.37)  # its centre, as shares of width and height: in the centre square, and not between two cells
 

@@ -238,13 +238,9 @@ def test_tokens_are_affine_in_the_normed_patches() -> None:
 
 
 def test_a_picture_is_read_in_its_places() -> None:
-    """Other places, other tokens; unless the keys move along."""
     module, seen = drawn(), pictures(1)
     order = torch.randperm(36, generator=torch.Generator().manual_seed(2))
-    assert not close(folded(module, seen[:, order]), folded(module, seen), 0.1)
-    attention = module.attention()
-    values = torch.randn(36, 5, generator=torch.Generator().manual_seed(3))
-    assert close((attention[..., order] @ values[order]).detach(), (attention @ values).detach())
+    assert not close(folded(module, seen[:, order]), folded(module, seen), 1e-2)
 
 
 def test_a_batch_is_read_as_its_pictures_are() -> None:

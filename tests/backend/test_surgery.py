@@ -21,6 +21,7 @@ from tests.backend.pruners import KeepFirst, by_hand
 from tests.backend.seeing import OTHER, QUESTION, backend, breaking, fresh, layers, pictures, seen
 
 PRUNED = ["llava", "pixtral", "llava_next", "qwen2_vl", "qwen2_5_vl", "idefics3", "smolvlm", "internvl", "mistral3"]
+PRUNED += ["mqt_llava"]
 WHOLE = ["llava_onevision", "qwen3_vl", "instructblip", "gemma3", "paligemma"]
 DIFFERENT = [seen(1), seen(2, OTHER), (Message.user(*pictures(1), "what ?"),)]
 ALL, BEFORE = KeepFirst(), KeepFirst(0.5)

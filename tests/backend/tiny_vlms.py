@@ -24,7 +24,7 @@ WORDS = "user assistant system what is in the picture which colour has a small l
 WORDS += " red green blue white black yes no one two three question short answer look again describe : . , ? en"
 SPECIAL = ["<pad>", "<s>", "</s>", "<unk>"]
 FAMILIES = ["llava", "pixtral", "llava_next", "llava_onevision", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "instructblip"]
-FAMILIES += ["gemma3", "idefics3", "smolvlm", "internvl", "paligemma", "mistral3"]
+FAMILIES += ["gemma3", "idefics3", "smolvlm", "internvl", "paligemma", "mistral3", "mqt_llava"]
 TEMPLATE = (
     "<s>{% for message in messages %}{{ message['role'] }} : {% if message['content'] is string %}"
     "{{ message['content'] }} {% else %}{% for part in message['content'] %}{% if part['type'] == 'image' %}PICTURE"
@@ -104,21 +104,35 @@ def square(side: int) -> dict[str, int]:
     return {"height": side, "width": side}
 
 
-def llava() -> tuple[PreTrainedModel, ProcessorMixin]:
+def llava(patch: int = PATCH) -> tuple[PreTrainedModel, ProcessorMixin]:
     tokens = tokenizer(image_token="<image>")
     images = image_processor("llava", "LlavaImageProcessorPil", size={"shortest_edge": 56}, crop_size=square(56))
     processor = transformers.LlavaProcessor(
         images,
         tokens,
-        patch_size=PATCH,
+        patch_size=patch,
         vision_feature_select_strategy="default",
         num_additional_image_tokens=1,
         chat_template=template("<image>"),
     )
     parts = dict(vision_config=tower("clip_vision_model", 56), text_config=text_config(tokens, "llama"))
-    return random_model(
-        "LlavaForConditionalGeneration", "LlavaConfig", tokens, image_token_index=tokens.image_token_id, **parts
-    ), processor
+    parts |= dict(image_token_index=tokens.image_token_id)
+    return random_model("LlavaForConditionalGeneration", "LlavaConfig", tokens, **parts), processor
+
+
+def mqt_llava() -> tuple[PreTrainedModel, ProcessorMixin]:
+    """LLaVA with nine queries in the place of its projector: to the processor, nine larger patches."""
+    from qr_integrations.backend.mqt_llava import MQTLlavaConfig, MQTLlavaForConditionalGeneration
+
+    model, processor = llava(patch=18)
+    parts = model.config.to_dict() | dict(model_type="mqt_llava", num_queries=9, num_query_heads=4)
+    torch.manual_seed(0)
+    made = MQTLlavaForConditionalGeneration(MQTLlavaConfig(**parts)).float().eval()
+    made.load_state_dict({k: v for k, v in model.state_dict().items() if "projector" not in k}, strict=False)
+    with torch.no_grad():
+        made.model.multi_modal_projector.attn.in_proj_weight.normal_(0, 0.5)
+    made.generation_config = model.generation_config
+    return made.requires_grad_(False), processor
 
 
 def llava_next() -> tuple[PreTrainedModel, ProcessorMixin]:
