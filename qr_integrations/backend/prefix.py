@@ -153,6 +153,7 @@ class Prefix:
         if self.cache is None:
             return None
         cache = DynamicCache()
+        vars(cache).update({name: value for name, value in vars(self.cache).items() if name not in vars(cache)})
         cache.layers = [change(layer) for layer in self._layers]
         return cache
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 from transformers import LlavaForConditionalGeneration
 
 from qr_integrations.evaluation.drawn_world.held_out import (
@@ -19,13 +20,27 @@ from qr_integrations.evaluation.drawn_world.views import View, whole
 from qr_integrations.evaluation.drawn_world.world import Scene, crop_around, resized
 
 from .labels import IGNORED
-from .packing import Example, Packer, answer_logits
+from .packing import Example, Packed, Packer, answer_logits
 
 MANY = 8
 """Sequences in one pass."""
 
 Table = dict[str, dict[str, float]]
 """Skill, then size as "0.10", to the share of right answers."""
+
+
+def split_hits(packer: Packer, examples: Sequence[Example], batch: Packed, logits: Tensor) -> list[list[bool]]:
+    """Whether each question of each example is answered right, word by word, by the logits of their batch."""
+    hits = logits.argmax(-1) == batch.targets[batch.targets != IGNORED]
+    results: list[list[bool]] = []
+    place = 0
+    for example in examples:
+        results.append([])
+        for question in example.questions:
+            length = len(packer.question_ids(question)[1])
+            results[-1].append(bool(hits[place : place + length].all()))
+            place += length
+    return results
 
 
 @torch.no_grad()
@@ -37,15 +52,19 @@ def right_answers(
     for start in range(0, len(examples), MANY):
         some = examples[start : start + MANY]
         batch = packer.pack(some).to(model.device)
-        hits = answer_logits(model, batch).argmax(-1) == batch.targets[batch.targets != IGNORED]
-        place = 0
-        for example in some:
-            results.append([])
-            for question in example.questions:
-                length = len(packer.question_ids(question)[1])
-                results[-1].append(bool(hits[place : place + length].all()))
-                place += length
+        results += split_hits(packer, some, batch, answer_logits(model, batch))
     return results
+
+
+def held_out_examples(packer: Packer, scenes: int, share: float, cropped: bool = False) -> list[Example]:
+    """Scenes held out whose first thing has a share of the picture, and what is asked about it."""
+    examples = []
+    for number in range(scenes):
+        scene = held_out_scene(number)
+        questions = questions_about_first(number, scene)
+        views = oracle_views(resized(scene, 0, share), packer.sizes.resolution)
+        examples.append(Example(views if cropped else views[:1], tuple(questions)))
+    return examples
 
 
 def oracle_views(scene: Scene, resolution: int) -> tuple[View, View]:
@@ -57,13 +76,7 @@ def skill_table(model: LlavaForConditionalGeneration, packer: Packer, scenes: in
     """Share of right answers by skill and size; with `cropped`, the whole picture and the oracle crop are shown."""
     hits: dict[str, dict[str, list[bool]]] = {}
     for share in SHARES:
-        examples = []
-        for number in range(scenes):
-            scene = held_out_scene(number)
-            questions = questions_about_first(number, scene)
-            scene = resized(scene, 0, share)
-            views = oracle_views(scene, packer.sizes.resolution)
-            examples.append(Example(views if cropped else views[:1], tuple(questions)))
+        examples = held_out_examples(packer, scenes, share, cropped)
         for example, right in zip(examples, right_answers(model, packer, examples), strict=True):
             for question, hit in zip(example.questions, right, strict=True):
                 hits.setdefault(question.skill, {}).setdefault(f"{share:.2f}", []).append(hit)
