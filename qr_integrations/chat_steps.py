@@ -136,8 +136,8 @@ def as_step(name: str, given: Any) -> Any:
     if isinstance(given, int | float) and step.of_number is not None:
         return step.of_number(given)
     if not isinstance(given, Mapping):
-        kind = step.kind().__name__
-        raise InputError(f"{name}={given!r} is no {kind}: pass True, False, {kind}(...) or a mapping")
+        usual = step.kind().__name__
+        raise InputError(f"{name}={given!r} is no {usual}: pass True, False, {usual}(...) or a mapping")
     settings = dict(given)
     kind = step.kind(settings.pop(step.tag, None) if step.tag else None)
     known = [field.name for field in fields(kind)]

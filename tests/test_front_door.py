@@ -19,12 +19,14 @@ TREE = Path(__file__).parents[1] / "qr_integrations"
 NAMES = [
     "Answer",
     "Backend",
+    "CDPruner",
     "DeCo",
     "Document",
     "HeadDetector",
     "HeadSet",
     "ICRReranker",
     "JudgedList",
+    "MQTEncoder",
     "Message",
     "PromptLayout",
     "QRCrossEncoder",
@@ -33,6 +35,7 @@ NAMES = [
     "Refinements",
     "ScoredDocument",
     "Span",
+    "SparseVLM",
     "ViCrop",
     "highlight_html",
 ]
