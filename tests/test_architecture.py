@@ -34,9 +34,11 @@ MAY_IMPORT = {
     "testing": BELOW_THE_ROOF,
     "model_settings": BELOW_THE_ROOF,
     "reranking": BELOW_THE_ROOF | {"model_settings"},
-    "chatting": BELOW_THE_ROOF | {"model_settings"},
-    "langchain": BELOW_THE_ROOF | {"reranking", "chatting"},
-    "llama_index": BELOW_THE_ROOF | {"reranking", "chatting"},
+    "chat_steps": BELOW_THE_ROOF,
+    "chatting": BELOW_THE_ROOF | {"model_settings", "chat_steps"},
+    "embedding": BELOW_THE_ROOF | {"model_settings"},
+    "langchain": BELOW_THE_ROOF | {"reranking", "chatting", "embedding"},
+    "llama_index": BELOW_THE_ROOF | {"reranking", "chatting", "embedding"},
     "serving": BELOW_THE_ROOF,
     "evaluation": BELOW_THE_ROOF,
     "cli": BELOW_THE_ROOF | {"__init__", "testing", "evaluation", "serving"},
@@ -51,7 +53,7 @@ ONLY_IN = {
     "llama_index": {"llama_index"},
     "rich": {"cli"},
     "ray": {"serving", "evaluation", "retrieval"},
-    "sentence_transformers": {"evaluation"},
+    "sentence_transformers": {"evaluation", "encoding"},
     "pickle": set(),
 }
 FAMILY = re.compile(

@@ -1,4 +1,4 @@
-"""For LangChain: a document compressor, a long-context retriever, a cross-encoder, agent tools and chats with pictures.
+"""For LangChain: a document compressor, a long-context retriever, a cross-encoder, tools, chats and picture embeddings.
 
 Importing it loads neither torch nor LlamaIndex; a model is loaded when it is first used.
 """
@@ -12,6 +12,7 @@ if find_spec("langchain_core") is None:
 
 from qr_integrations.langchain.chat import ChatDeCo, ChatViCrop
 from qr_integrations.langchain.cross_encoder import QRCrossEncoder
+from qr_integrations.langchain.image_embeddings import MQTEmbeddings
 from qr_integrations.langchain.rerank import QRRerank
 from qr_integrations.langchain.retriever import QRRetriever
 from qr_integrations.langchain.tools import create_qr_rerank_tool, create_qr_retriever_tool
@@ -19,6 +20,7 @@ from qr_integrations.langchain.tools import create_qr_rerank_tool, create_qr_ret
 __all__ = [
     "ChatDeCo",
     "ChatViCrop",
+    "MQTEmbeddings",
     "QRCrossEncoder",
     "QRRerank",
     "QRRetriever",

@@ -1,4 +1,4 @@
-"""For LlamaIndex: a reranker, a long-context retriever, agent tools, and models that see pictures.
+"""For LlamaIndex: a reranker, a long-context retriever, agent tools, models that see pictures, picture embeddings.
 
 Importing it loads neither torch nor LangChain; a model is loaded when it is first used.
 """
@@ -10,9 +10,10 @@ from qr_integrations.errors import MissingExtra
 if find_spec("llama_index") is None or find_spec("llama_index.core") is None:
     raise MissingExtra("qr_integrations.llama_index", "llama-index")
 
+from qr_integrations.llama_index.image_embedding import MQTImageEmbedding
 from qr_integrations.llama_index.multimodal import DeCoLLM, ViCropLLM
 from qr_integrations.llama_index.rerank import QRRerank
 from qr_integrations.llama_index.retriever import QRRetriever
 from qr_integrations.llama_index.tools import QRToolSpec
 
-__all__ = ["DeCoLLM", "QRRerank", "QRRetriever", "QRToolSpec", "ViCropLLM"]
+__all__ = ["DeCoLLM", "MQTImageEmbedding", "QRRerank", "QRRetriever", "QRToolSpec", "ViCropLLM"]
