@@ -12,8 +12,7 @@ from pydantic import AliasChoices, ConfigDict, Field, field_serializer, field_va
 
 from qr_integrations.chat_steps import CHAT_STEPS, Strategy, as_json, as_step
 from qr_integrations.errors import InputError
-from qr_integrations.images import PicturePolicy, PictureSource, open_picture
-from qr_integrations.model_settings import LOADING, ModelSettings
+from qr_integrations.model_settings import LOADING, PictureSettings
 from qr_integrations.types import Answer, AnswerPiece, Message
 
 MODEL_NAME, FINISH_REASON = "model_name", "finish_reason"
@@ -33,7 +32,7 @@ _OPTIONAL = ("top_p", "top_k", "seed")
 _ALIASES = {"max_tokens": "max_new_tokens", "stop_sequences": "stop"}
 
 
-class ChatSettings(ModelSettings):
+class ChatSettings(PictureSettings):
     """A model that sees pictures, and how it answers. The same names in both frameworks.
 
     Attributes:
@@ -53,9 +52,8 @@ class ChatSettings(ModelSettings):
         stop: texts that end an answer and do not belong to it. Also as `stop_sequences`.
         seed: of sampling; None takes torch's random numbers as they come.
         system_prompt: what the model is told first, in conversations that have no system message of their own.
-        allow_urls: fetch pictures from public http and https addresses.
-        allow_local_files: open pictures from paths that stand in messages.
-        max_picture_bytes, max_picture_pixels, picture_timeout: see `PicturePolicy`.
+        allow_urls, allow_local_files, max_picture_bytes, max_picture_pixels, picture_timeout: which pictures are
+            opened, see `PictureSettings`.
     """
 
     model_config = ConfigDict(validate_by_name=True, validate_by_alias=True)
@@ -74,11 +72,6 @@ class ChatSettings(ModelSettings):
     stop: tuple[str, ...] = Field(default=(), validation_alias=AliasChoices("stop", "stop_sequences"))
     seed: int | None = None
     system_prompt: str | None = None
-    allow_urls: bool = False
-    allow_local_files: bool = False
-    max_picture_bytes: int = Field(default=20 * 2**20, gt=0)
-    max_picture_pixels: int = Field(default=64_000_000, gt=0)
-    picture_timeout: float = Field(default=10.0, gt=0.0)
 
     @field_validator(*CHAT_STEPS)
     @classmethod
@@ -115,28 +108,6 @@ class ChatSettings(ModelSettings):
     def stop_sequences(self) -> tuple[str, ...]:
         """Another name of `stop`."""
         return self.stop
-
-    @property
-    def picture_policy(self) -> PicturePolicy:
-        """Which pictures are opened."""
-        return PicturePolicy(
-            allow_local_files=self.allow_local_files,
-            allow_urls=self.allow_urls,
-            max_bytes=self.max_picture_bytes,
-            max_pixels=self.max_picture_pixels,
-            timeout=self.picture_timeout,
-        )
-
-    def picture(self, source: PictureSource, place: str) -> Image.Image:
-        """Open a picture as far as the settings allow it; `place` says in errors where it stood.
-
-        Raises:
-            InputError: not allowed, not found, not a picture, broken, or too large.
-        """
-        try:
-            return open_picture(source, policy=self.picture_policy)
-        except InputError as error:
-            raise InputError(f"{place}: {error}") from error
 
     def strategy(self, call: Mapping[str, Any] | None = None) -> Strategy:
         """What is done besides generating; `call` may hold ``crop``, ``prune`` and so on for one call."""

@@ -13,8 +13,8 @@ from PIL import Image
 from pydantic import AliasChoices, ConfigDict, Field
 
 from qr_integrations.errors import InputError
-from qr_integrations.images import PicturePolicy, PictureSource, open_picture
-from qr_integrations.model_settings import ModelSettings
+from qr_integrations.images import PictureSource
+from qr_integrations.model_settings import PictureSettings
 
 if TYPE_CHECKING:
     from qr_integrations.encoding.matryoshka import MQTEncoder
@@ -24,7 +24,7 @@ SETTINGS = ConfigDict(
 )  # a typo is an error
 
 
-class EmbeddingSettings(ModelSettings):
+class EmbeddingSettings(PictureSettings):
     """A matryoshka model, and how it embeds pictures. The same names in both frameworks; all of it can be JSON.
 
     Attributes:
@@ -36,9 +36,8 @@ class EmbeddingSettings(ModelSettings):
         texts_are_pictures: take texts as addresses of pictures (a path, a ``data:`` URI, a URL), so that stores and
             retrievers that know texts only hold pictures. Otherwise texts are refused: the model has no vectors of
             texts that could be compared with those of pictures.
-        allow_urls: fetch pictures from public http and https addresses.
-        allow_local_files: open pictures from paths. Pass False where paths come from other people.
-        max_picture_bytes, max_picture_pixels, picture_timeout: see `PicturePolicy`.
+        allow_urls, allow_local_files, max_picture_bytes, max_picture_pixels, picture_timeout: which pictures are
+            opened, see `PictureSettings`. Paths are, here: pass allow_local_files=False where other people name them.
     """
 
     model_config = SETTINGS
@@ -47,22 +46,7 @@ class EmbeddingSettings(ModelSettings):
     num_visual_tokens: int | None = Field(default=None, ge=1)
     embed_batch_size: int = Field(default=16, ge=1, le=2048)
     texts_are_pictures: bool = False
-    allow_urls: bool = False
     allow_local_files: bool = True
-    max_picture_bytes: int = Field(default=20 * 2**20, gt=0)
-    max_picture_pixels: int = Field(default=64_000_000, gt=0)
-    picture_timeout: float = Field(default=10.0, gt=0.0)
-
-    @property
-    def picture_policy(self) -> PicturePolicy:
-        """Which pictures are opened."""
-        return PicturePolicy(
-            allow_local_files=self.allow_local_files,
-            allow_urls=self.allow_urls,
-            max_bytes=self.max_picture_bytes,
-            max_pixels=self.max_picture_pixels,
-            timeout=self.picture_timeout,
-        )
 
     def encoder(self) -> "MQTEncoder":
         """What makes the vectors; the first call loads the model.
@@ -132,16 +116,10 @@ class EmbeddingSettings(ModelSettings):
     ) -> Iterator[list[Any]]:
         if isinstance(sources, str | bytes | os.PathLike | Image.Image):
             raise InputError(f"a {type(sources).__name__} is no list of pictures: put it into one, [picture]")
-        policy = self.picture_policy
         for start in range(0, len(sources), self.embed_batch_size):
             batch = sources[start : start + self.embed_batch_size]
-            yield embed([_opened(source, number, policy) for number, source in enumerate(batch, first + start)])
+            yield embed([self._numbered(source, number) for number, source in enumerate(batch, first + start)])
 
-
-def _opened(source: PictureSource, number: int, policy: PicturePolicy) -> Image.Image:
-    if isinstance(source, BytesIO):
-        source = source.getvalue()  # other threads may read it too
-    try:
-        return open_picture(source, policy=policy)
-    except InputError as error:
-        raise InputError(f"picture #{number}: {error}") from error
+    def _numbered(self, source: PictureSource, number: int) -> Image.Image:
+        whole = source.getvalue() if isinstance(source, BytesIO) else source  # other threads may read it too
+        return self.picture(whole, f"picture #{number}")
