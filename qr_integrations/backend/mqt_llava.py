@@ -84,11 +84,11 @@ class MQTLlavaModel(LlavaModel):
             InputError: they have not.
         """
         made = (kwargs.pop("mm_encoder_outputs", None) or {}).get("image")  # `generate` makes all tokens beforehand
-        if input_ids is not None and (pixel_values is not None or made is not None):
+        shown: Any = pixel_values if made is None else torch.stack(list(made.pooler_output))
+        if input_ids is not None and shown is not None:
             places = input_ids == self.config.image_token_id
-            count = _equal_share(places, len(made.pooler_output if pixel_values is None else pixel_values))
-            whole = self.tokens_of(pixel_values, count) if made is None else torch.stack(list(made.pooler_output))
-            tokens = whole[:, :count].flatten(0, 1)
+            count = _equal_share(places, len(shown))
+            tokens = (self.tokens_of(shown, count) if made is None else shown[:, :count]).flatten(0, 1)
             inputs_embeds = self.get_input_embeddings()(input_ids)
             inputs_embeds = inputs_embeds.masked_scatter(places[..., None], tokens.to(inputs_embeds.dtype))
             input_ids, pixel_values = None, None

@@ -11,10 +11,9 @@ from torch import Tensor
 from qr_integrations.backend.opened import OpenedModel
 from qr_integrations.backend.picture_families import picture_family
 from qr_integrations.errors import InputError, WindowError
-from qr_integrations.images import PicturePolicy, open_picture
+from qr_integrations.images import DECODED, open_picture
 from qr_integrations.types import Message
 
-_DECODED = PicturePolicy(max_pixels=2**62)  # who has decoded a picture has judged how many pixels are too many
 _ROLES = ("system", "user", "assistant")
 
 
@@ -59,7 +58,7 @@ def as_messages(given: str | Sequence[Message]) -> tuple[Message, ...]:
 
 
 def _opened(part: Any) -> Any:
-    return part if isinstance(part, str) else open_picture(part, policy=_DECODED)
+    return part if isinstance(part, str) else open_picture(part, policy=DECODED)
 
 
 def lay_out(opened: OpenedModel, messages: tuple[Message, ...], num_visual_tokens: int | None = None) -> Prompt:

@@ -2,9 +2,10 @@
 
 from qr_integrations.images.fetching import PictureFetcher, addresses_of, is_public_address
 from qr_integrations.images.opening import PictureSource, decode_base64, open_picture
-from qr_integrations.images.policy import PicturePolicy
+from qr_integrations.images.policy import DECODED, PicturePolicy
 
 __all__ = [
+    "DECODED",
     "PictureFetcher",
     "PicturePolicy",
     "PictureSource",

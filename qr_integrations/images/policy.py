@@ -69,6 +69,10 @@ class PicturePolicy:
         return bytes(data)
 
 
+DECODED = PicturePolicy(max_pixels=2**62)
+"""For pictures that are decoded: who has done that has judged how many pixels are too many."""
+
+
 def shown(source: str) -> str:
     """A source as an error names it, short and without secrets: a URL's query may hold keys."""
     longest = 200

@@ -367,3 +367,32 @@ def test_any_number_of_threads_may_ask_while_nothing_is_kept() -> None:
     for thread in threads:
         thread.join()
     assert not wrong
+
+
+# ---- in a model: the number of placeholders says how many tokens are made
+
+
+def told(*lengths: int) -> Tensor:
+    """What the model says behind two pictures that have so many placeholders; 0 is a word between them."""
+    from tests.backend.seeing import backend
+
+    opened = backend("mqt_llava")
+    visual = opened.model.config.image_token_id
+    ids = [token for length in lengths for token in ([visual] * length or [7])]
+    pixels = torch.randn(2, 3, 56, 56, generator=torch.Generator().manual_seed(4))
+    with torch.no_grad():
+        logits: Tensor = opened.model(input_ids=torch.tensor([[*ids, 8]]), pixel_values=pixels).logits
+    return logits[0, -1]
+
+
+def test_pictures_may_stand_side_by_side() -> None:
+    assert torch.equal(told(3, 3), told(6))
+    assert not torch.equal(told(3, 0, 3), told(6))
+
+
+@pytest.mark.parametrize("lengths", [(3, 2), (2, 0, 4), (5, 0, 1), (0,)])
+def test_pictures_with_unequal_shares_are_refused(lengths: tuple[int, ...]) -> None:
+    from qr_integrations.errors import InputError
+
+    with pytest.raises(InputError, match="no equal share"):
+        told(*lengths)
