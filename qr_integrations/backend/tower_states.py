@@ -9,7 +9,7 @@ Legend: L layers and the embeddings before them, T tokens of a batch of pictures
 import inspect
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -25,10 +25,9 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 from qr_integrations.backend.backend import Backend
 from qr_integrations.backend.loading import resolve_device, resolve_dtype, resolve_name
 from qr_integrations.errors import InputError, LoadError, UnsupportedModelError
-from qr_integrations.images import PicturePolicy, PictureSource, open_picture
+from qr_integrations.images import DECODED, PictureSource, open_picture
 
 UNPLACED = -1
-_DECODED = PicturePolicy(max_pixels=2**62)  # who has decoded a picture has judged how many pixels are too many
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +81,6 @@ class VisionTower:
         """How many layers there are; their states are one more, the embeddings before them."""
         return len(self._layers)
 
-    @torch.no_grad()
     def states(self, pictures: Iterable[PictureSource], *, batch_size: int = 8) -> Iterator[TowerStates]:
         """The states of all layers, batch by batch in the order of the pictures.
 
@@ -106,7 +104,7 @@ class VisionTower:
                 first += len(views)
 
     def _prepared(self, picture: PictureSource) -> dict[str, Tensor]:
-        made = self._processor(images=[open_picture(picture, policy=_DECODED)], return_tensors="pt")
+        made = self._processor(images=[open_picture(picture, policy=DECODED)], return_tensors="pt")
         tensors = {name: value for name, value in made.items() if isinstance(value, Tensor)}
         return {name: value for name, value in tensors.items() if name in self._accepted}
 
@@ -117,7 +115,7 @@ class VisionTower:
             name: value.to(weight.device, weight.dtype if value.is_floating_point() else None)
             for name, value in inputs.items()
         }
-        with self._locked():
+        with self._locked(), torch.no_grad():
             kept = _run_to_the_end(self._layers, lambda: self._run(**given))
         if len({state.shape for state in kept}) > 1 or kept[0].dim() not in (2, 3):
             raise UnsupportedModelError(
@@ -157,7 +155,11 @@ def open_tower(
         return source
     if isinstance(source, Backend):
         return _tower_inside(source)
-    hub = {"revision": revision, "local_files_only": local_files_only, "trust_remote_code": trust_remote_code}
+    hub: dict[str, Any] = {
+        "revision": revision,
+        "local_files_only": local_files_only,
+        "trust_remote_code": trust_remote_code,
+    }
     name = resolve_name(source)
     with _explained(str(source)):
         config = AutoConfig.from_pretrained(name, **hub)
@@ -195,6 +197,7 @@ def _tower_inside(backend: Backend) -> VisionTower:
     if not backend.sees_pictures:
         raise _reads_text_only(backend.name)
     base: Any = backend.model.base_model
+    processor: Any = backend.processor
     tower = base.get_encoder(modality="image")
     if not isinstance(tower, PreTrainedModel) or tower is base:
         raise UnsupportedModelError(
@@ -210,10 +213,10 @@ def _tower_inside(backend: Backend) -> VisionTower:
     return VisionTower(
         backend.name,
         tower,
-        getattr(backend.processor, "image_processor"),
+        processor.image_processor,
         read,
         backend.locked,
-        layers,  # noqa: B009
+        layers,
     )
 
 
@@ -227,22 +230,17 @@ def _vision_config(config: PreTrainedConfig) -> Any:
     return getattr(config, "vision_config", config)
 
 
-class _explained(ExitStack):
+@contextmanager
+def _explained(name: str) -> Iterator[None]:
     """What transformers says about files becomes a `LoadError`."""
-
-    def __init__(self, name: str) -> None:
-        super().__init__()
-        self._name = name
-
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> bool:
-        if isinstance(error, OSError | ValueError | KeyError | ImportError | SafetensorError):
-            text = " ".join(f"{error}".split())[:300]
-            raise LoadError(
-                f"the vision tower {self._name!r} cannot be loaded ({text}): it needs config.json, model.safetensors "
-                "and preprocessor_config.json in a folder or behind a hub id, and for some families pip install "
-                "torchvision"
-            ) from error
-        return False
+    try:
+        yield
+    except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
+        text = " ".join(f"{error}".split())[:300]
+        raise LoadError(
+            f"the vision tower {name!r} cannot be loaded ({text}): it needs config.json, model.safetensors and "
+            "preprocessor_config.json in a folder or behind a hub id, and for some families pip install torchvision"
+        ) from error
 
 
 # ---- one pass
@@ -268,10 +266,8 @@ def _run_to_the_end(layers: nn.ModuleList, run: Callable[[], Any]) -> list[Tenso
         stack.callback(layers[0].register_forward_pre_hook(before, with_kwargs=True).remove)
         for layer in layers:
             stack.callback(layer.register_forward_hook(after).remove)
-        try:
+        with suppress(_Done):
             run()
-        except _Done:
-            pass
     return kept
 
 
