@@ -71,21 +71,24 @@ class Prefilled:
         lengths = self.lengths
         shorter = [number for number, length in enumerate(lengths) if length != lengths[0]]
         with ExitStack() as stack:
-            if self.compact:
-                for number in shorter:
-                    layer = _layers(backend)[number]
-                    hook = layer.register_forward_pre_hook(self._counting_own(backend, number), with_kwargs=True)
-                    stack.callback(hook.remove)
+            for number in shorter:
+                layer = _layers(backend)[number]
+                hook = layer.register_forward_pre_hook(self._counting_own(backend, number), with_kwargs=True)
+                stack.callback(hook.remove)
             yield
 
     def _counting_own(self, backend: Reader, number: int) -> Callable[..., Any]:
-        rotary = _rotary(backend)
+        """Positions, and the columns of a mask, by what a layer holds itself, not by what the first one holds."""
 
         def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             cache, states = kwargs["past_key_values"], args[0] if args else kwargs["hidden_states"]
-            past = cache.get_seq_length(number)
-            positions = torch.arange(past, past + states.shape[1], device=states.device).expand(states.shape[:2])
-            return args, {**kwargs, "position_embeddings": rotary(states, positions)}
+            past, given = cache.get_seq_length(number), dict(kwargs)
+            if given.get("attention_mask") is not None:  # the eager kernel's: the one prompt has no padding
+                given["attention_mask"] = given["attention_mask"][..., -(past + states.shape[1]) :]
+            if self.compact:
+                positions = torch.arange(past, past + states.shape[1], device=states.device).expand(states.shape[:2])
+                given["position_embeddings"] = _rotary(backend)(states, positions)
+            return args, given
 
         return before
 
@@ -170,8 +173,8 @@ class _Operation:
         hooks: list[tuple[nn.Module, Callable[..., None]]] = [(projector, at_projector)]
         chosen, layer = _tower_layers(base.vision_tower), self.backend.model.config.vision_feature_layer
         if chosen and isinstance(layer, int):
-            last = chosen[layer - 1 if layer > 0 else layer]
-            hooks.append((last.self_attn, at_attention))
+            number = layer - 1 if layer > 0 else len(chosen) + layer  # states before the first layer have none
+            hooks += [(chosen[number].self_attn, at_attention)] if 0 <= number < len(chosen) else []
         return hooks
 
     def _before_decoder(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
