@@ -11,6 +11,7 @@ from importlib import import_module
 from typing import Any
 
 from qr_integrations import __version__
+from qr_integrations.cli.layers_arguments import add_layers
 from qr_integrations.errors import QRError
 
 EXIT_FAILED_CHECK, EXIT_ERROR, EXIT_INTERRUPTED = 1, 2, 130
@@ -36,12 +37,20 @@ Exit codes: 0 done, 2 error, 130 interrupted.
 """
 _EVAL_PICTURES_NOTES = """\
 crops: questions about pictures, answered plainly (none), with ViCrop (relative, gradient, input_gradient), and with a
-crop elsewhere (random) or around what is asked about (oracle); with settings relative:layers=4-6,min_lift=1.5. A line
+crop elsewhere (random) or around what is asked about (oracle); with settings relative:layers=4-6,min_lift=1.5. With
+fewer tokens too: cdpruner:keep=0.33 and what else eval-tokens knows, mqt:tokens=16 of a matryoshka model. A line
 of --data: {"image": "photo.jpg", "question": "...", "answers": ["..."], "box": [left, top, right, bottom],
 "skill": "..."}; box and skill may be left out.
 captions: which objects captions invent, and yes-or-no questions about objects. SPEC is greedy, deco, dola, or with
 settings deco:alpha=0.6,layers=4-6. A line of --data: {"image": "photo.jpg", "objects": ["dog", "car"]}.
 Pictures are looked for beside the file. Exit codes: 0 done, 2 error, 130 interrupted.
+"""
+_EVAL_TOKENS_NOTES = """\
+Without --data: one question of every skill about each drawn scene, at sizes that take turns; 72 scenes take about 11
+minutes on one core. METHOD is cdpruner, sparsevlm, random_tokens, uniform_grid, class_attention or last_token, perhaps
+with settings: sparsevlm:version=2.0  last_token:layer=1  cdpruner:theta=0.5. KEEP is a share of a view's tokens with a
+point in it (0.33), or a whole number of them. Skills that the model with all tokens answers no better than by chance
+are shown and left out of the means. --data as for eval-pictures. Exit codes: 0 done, 2 error, 130 interrupted.
 """
 _LOOK_NOTES = """\
 The picture that is written shows where the model looked, and the crop beside it. An earlier one of that name is
@@ -92,11 +101,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"qr-integrations {__version__}")
     commands = parser.add_subparsers(
-        dest="command", title="commands", metavar="{demo,rerank,look,caption,detect,eval,eval-pictures,doctor}"
+        dest="command",
+        title="commands",
+        metavar="{demo,rerank,look,caption,layers,detect,eval,eval-pictures,eval-tokens,doctor}",
     )
     for add in (
-        *(_add_demo, _add_rerank, _add_look, _add_caption),
-        *(_add_detect, _add_eval, _add_eval_pictures, _add_doctor),
+        *(_add_demo, _add_rerank, _add_look, _add_caption, _add_layers),
+        *(_add_detect, _add_eval, _add_eval_pictures, _add_eval_tokens, _add_doctor),
     ):
         add(commands)
     return parser
@@ -197,6 +208,10 @@ def _add_caption(commands: Any) -> None:
     _add_answering(caption, longest=256)
     caption.add_argument("--json", action="store_true", help="one JSON object and line for each picture")
     _add_model(caption, default="qr-mini-vl")
+
+
+def _add_layers(commands: Any) -> None:
+    _add_model(add_layers(commands), default="qr-mini-vl")
 
 
 def _add_answering(parser: argparse.ArgumentParser, longest: int) -> None:
@@ -309,6 +324,34 @@ def _add_eval_pictures(commands: Any) -> None:
     evaluate.add_argument("--seed", type=int, default=0, help="of what is drawn at random (default: 0)")
     evaluate.add_argument(
         "--out", default="pictures-report", metavar="FOLDER", help="the report (default: pictures-report)"
+    )
+    evaluate.add_argument("--json", action="store_true", help="the results on standard output too, as one JSON object")
+    _add_model(evaluate, default="qr-mini-vl")
+
+
+def _add_eval_tokens(commands: Any) -> None:
+    evaluate = commands.add_parser(
+        "eval-tokens",
+        help="measure what fewer visual tokens cost",
+        description="Measure matryoshka tokens and what drops tokens: accuracy by skill and size, and time.",
+        epilog=_EVAL_TOKENS_NOTES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    evaluate.add_argument("--scenes", type=int, default=72, metavar="N", help="drawn scenes (default: 72)")
+    evaluate.add_argument("--data", metavar="FILE", help="pictures as JSON lines (default: a drawn world, built in)")
+    evaluate.add_argument(
+        "--mqt-model", default="qr-mini-vl-mqt", metavar="MODEL", help="as --model; none: no such model is measured"
+    )
+    evaluate.add_argument(
+        "--tokens", nargs="+", type=int, metavar="N", help="of a matryoshka model (default: 2 4 8 16 36 64)"
+    )
+    evaluate.add_argument("--methods", nargs="*", metavar="METHOD", help="what drops tokens (default: all)")
+    evaluate.add_argument("--keep", nargs="+", metavar="KEEP", help="how many stay (default: 0.5 0.33 0.22 0.11 0.056)")
+    evaluate.add_argument("--contains", action="store_true", help="an answer need only hold the right words")
+    evaluate.add_argument("--prompt", metavar="TEXT", help="behind every question")
+    evaluate.add_argument("--seed", type=int, default=0, help="of what is drawn at random (default: 0)")
+    evaluate.add_argument(
+        "--out", default="tokens-report", metavar="FOLDER", help="the report (default: tokens-report)"
     )
     evaluate.add_argument("--json", action="store_true", help="the results on standard output too, as one JSON object")
     _add_model(evaluate, default="qr-mini-vl")

@@ -1,20 +1,10 @@
 """`qr-integrations eval-pictures`: what second looks and other ways to decode change on pictures."""
 
 import argparse
-import os
-import platform
 from collections.abc import Sequence
-from importlib.metadata import version
 from itertools import islice
-from pathlib import Path
-from typing import Any
 
-from rich.padding import Padding
-from rich.table import Table
-from rich.text import Text
-
-from qr_integrations.backend import Backend
-from qr_integrations.cli import screen, seeing
+from qr_integrations.cli import measured, screen, seeing
 from qr_integrations.cropping.asking import SHORT_ANSWER
 from qr_integrations.errors import InputError
 from qr_integrations.evaluation.decoders import DECODERS, make_decoders
@@ -49,13 +39,11 @@ from qr_integrations.evaluation.pictures import (
     make_picture_systems,
     summarise_pictures,
 )
-from qr_integrations.evaluation.report import RESULTS, TABLES, check_folder
-from qr_integrations.evaluation.statistics import Estimate, mean_ranks
-from qr_integrations.version import __version__
+from qr_integrations.evaluation.report import check_folder
+from qr_integrations.evaluation.statistics import mean_ranks
 
 _SCENES = {"crops": 20, "captions": 100}
 _EACH, _EACH_OF_FEW = 3, 1  # objects asked for and as many not there; of few kinds, all strategies choose the same
-_NAME = 16  # columns that a system's name gets on a narrow screen too
 Shown = tuple[Sequence[str], Sequence[Sequence[str]], Sequence[str]]
 """Columns, rows, and the columns that a narrow screen needs."""
 
@@ -68,14 +56,10 @@ def run(args: argparse.Namespace) -> int:
     check_folder(args.out)
     columns, rows, needed = _crops(args) if args.what == "crops" else _captions(args)
     if args.json:
-        screen.write_json((Path(args.out) / RESULTS).read_text(encoding="utf-8").replace("\n", ""))
+        measured.write_results(args.out)
         return 0
-    console = screen.stdout()
-    shown = [place for place, name in enumerate(columns) if console.width >= screen.NARROW or name in needed]
-    console.print(_table([columns[place] for place in shown], [[row[place] for place in shown] for row in rows]))
-    console.print(
-        Padding(Text(f"Tables, a plot and every answer: {Path(args.out) / TABLES}", style="dim"), (1, 1, 0, 1))
-    )
+    measured.show_table(columns, rows, needed)
+    measured.show_folder(args.out, "Tables, a plot and every answer")
     return 0
 
 
@@ -92,7 +76,7 @@ def _crops(args: argparse.Namespace) -> Shown:
             backend, systems, questions, contains=args.contains, instruction=instruction, progress=advance
         )
     facts = {
-        **_facts(args, backend, f"{len(questions)} questions"),
+        **measured.facts_about(backend, args.data, f"{len(questions)} questions"),
         "right": "an answer with the right words in it" if args.contains else "the right words and no others",
         "instruction": instruction or "none",
     }
@@ -100,7 +84,11 @@ def _crops(args: argparse.Namespace) -> Shown:
     save_picture_report(report, runs, questions, args.out)
     sizes = list(report.systems[0].accuracy.get(SIZE, ()))
     rows = [
-        [one.name, *(_mean(one.accuracy[SIZE][size]) for size in sizes), _with_spread(one.accuracy[ALL][ALL])]
+        [
+            one.name,
+            *(measured.mean(one.accuracy[SIZE][size]) for size in sizes),
+            measured.with_spread(one.accuracy[ALL][ALL]),
+        ]
         for one in report.systems
     ]
     return ["system", *sizes, ALL], rows, ("system", ALL)
@@ -125,49 +113,18 @@ def _captions(args: argparse.Namespace) -> Shown:
         )
     with screen.counting("Questions", len(pictures)) as advance:
         answers = answer_questions(backend, decoders, pictures, questions, progress=advance)
-    facts = {**_facts(args, backend, f"{len(pictures)} pictures, {len(questions)} questions"), "prompt": prompt}
+    asked = f"{len(pictures)} pictures, {len(questions)} questions"
+    facts = {**measured.facts_about(backend, args.data, asked), "prompt": prompt}
     report = HallucinationReport(facts, decoders[0].name, summarise_decoders(captions, answers, pictures))
     save_hallucination_report(report, captions, answers, pictures, args.out)
     rows = [
         [
             one.name,
-            *(_with_spread(one.measured[CAPTIONS].get(metric)) for metric in (CHAIR_INSTANCE, CHAIR_SENTENCE)),
-            *(_mean(one.measured[CAPTIONS].get(metric)) for metric in (RECALL, WORDS)),
-            *(_mean(one.measured[strategy].get("F1")) for strategy in STRATEGIES),
+            *(measured.with_spread(one.measured[CAPTIONS].get(metric)) for metric in (CHAIR_INSTANCE, CHAIR_SENTENCE)),
+            *(measured.mean(one.measured[CAPTIONS].get(metric)) for metric in (RECALL, WORDS)),
+            *(measured.mean(one.measured[strategy].get("F1")) for strategy in STRATEGIES),
         ]
         for one in report.systems
     ]
     columns = ["decoder", CHAIR_INSTANCE, CHAIR_SENTENCE, RECALL, WORDS, *(f"F1 {strategy}" for strategy in STRATEGIES)]
     return columns, rows, ("decoder", CHAIR_INSTANCE, RECALL)
-
-
-def _facts(args: argparse.Namespace, backend: Backend, measured: str) -> dict[str, Any]:
-    """What was measured, on what, with what."""
-    packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers"))
-    return {
-        "data": args.data or "the drawn world that ships with the package, scenes that no training drew",
-        "measured on": measured,
-        "model": f"{backend.name}, {str(backend.model.dtype).removeprefix('torch.')} on {backend.device}",
-        "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
-        "versions": f"{packages}, qr-integrations {__version__}",
-    }
-
-
-def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
-    table = Table(box=None, padding=(0, 1), collapse_padding=True)
-    table.add_column(
-        columns[0], overflow="fold", vertical="bottom", min_width=min(_NAME, max(len(row[0]) for row in rows))
-    )
-    for name in columns[1:]:
-        table.add_column(Text(name.replace(" ", "\n")), justify="right", vertical="bottom", no_wrap=True)
-    for row in rows:
-        table.add_row(*row)
-    return table
-
-
-def _with_spread(estimate: Estimate | None) -> str:
-    return "" if estimate is None else f"{estimate.mean:.2f} ±{(estimate.high - estimate.low) / 2:.2f}"
-
-
-def _mean(estimate: Estimate | None) -> str:
-    return "" if estimate is None else f"{estimate.mean:.2f}"

@@ -1,4 +1,4 @@
-"""The report on second looks: accuracy by size and by skill, and what every system gains over the others."""
+"""The report on ways to read pictures: accuracy by size and by skill, and what every system gains over the others."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -55,12 +55,13 @@ def save_picture_report(
         folder,
         page=picture_page(report),
         results=report.as_dict(),
-        questions=(_entry(run, questions[run.number]) for run in runs),
+        questions=(question_entry(run, questions[run.number]) for run in runs),
         plot=partial(plot_by_size, report.systems),
     )
 
 
-def _entry(run: PictureRun, question: PictureQuestion) -> dict[str, Any]:
+def question_entry(run: PictureRun, question: PictureQuestion) -> dict[str, Any]:
+    """A line of ``per_query.jsonl``."""
     return {
         "id": question.id,
         "query": question.question,
@@ -72,6 +73,8 @@ def _entry(run: PictureRun, question: PictureQuestion) -> dict[str, Any]:
         "right": run.right,
         "box": None if run.box is None else list(run.box.as_tuple()),
         "seconds": round(run.seconds, 4),
+        "first_token": round(run.first_token, 4),
+        "visual_tokens": run.visual_tokens,
     }
 
 
@@ -94,14 +97,19 @@ def _parts(report: PictureReport) -> Iterator[str]:
         yield f"## Against {baseline}"
         yield _differences(report, baseline)
     yield _DIFFERENCES
-    yield "## Second looks and time"
+    yield "## Second looks, tokens and time"
     yield markdown_table(
-        ["system", "looked again", "at what is asked about", "milliseconds per question"],
+        [
+            *("system", "looked again", "at what is asked about", "visual tokens"),
+            *("milliseconds to the first token", "milliseconds per question"),
+        ],
         [
             [
                 one.name,
                 f"{one.looked_again:.0%}",
                 None if one.found is None else f"{one.found:.0%}",
+                None if one.visual_tokens is None else f"{one.visual_tokens:.1f}",
+                f"{1000 * one.first_token:.0f}",
                 f"{1000 * one.seconds:.0f}",
             ]
             for one in report.systems
@@ -109,7 +117,8 @@ def _parts(report: PictureReport) -> Iterator[str]:
     )
     yield (
         "Looked again: share of the questions for which a crop was cut. At what is asked about: share of those crops "
-        "that hold its middle. Time: the median."
+        "that hold its middle. Visual tokens: of all pictures, that a layer of the language model read, the mean. "
+        "Time: the median; the first token is counted from behind the second look."
     )
 
 

@@ -1,127 +1,55 @@
-"""Questions about pictures, answered plainly and with a second look, by the size of what is asked about.
+"""Questions about pictures, answered plainly, with a second look or with fewer tokens, by what is asked about.
 
-A system is asked for by a line: ``none`` (no second look), ``relative``, ``gradient``, ``input_gradient`` (ViCrop),
-``random`` (a place that means nothing, as large as ViCrop's crop), ``oracle`` (around what is asked about).
-ViCrop's may have settings: ``relative:layers=4-6,min_lift=1.5``; layers count from 0.
+A system is asked for by a line: ``none`` (nothing is changed), ``relative``, ``gradient``, ``input_gradient`` (ViCrop),
+``random`` (a place that means nothing, as large as ViCrop's crop), ``oracle`` (around what is asked about), or one of
+`token_systems`. Some may have settings: ``relative:layers=4-6,min_lift=1.5``; layers count from 0.
 """
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from random import Random
 from statistics import median
 from typing import Any
 
 import numpy as np
 from jaxtyping import Float
-from PIL import Image
 
 from qr_integrations.backend import Backend
-from qr_integrations.backend.answering import Cropped, Cropper
 from qr_integrations.cropping import ViCrop, crop_side
 from qr_integrations.cropping.asking import SHORT_ANSWER
-from qr_integrations.cropping.boxes import RATIOS
 from qr_integrations.cropping.vicrop import Method
 from qr_integrations.errors import InputError
 from qr_integrations.evaluation.answers import is_right
 from qr_integrations.evaluation.drawn_world.held_out import SHARES
+from qr_integrations.evaluation.known_crops import KnownBox, RandomPlace, oracle_box
 from qr_integrations.evaluation.measuring import Progress
 from qr_integrations.evaluation.picture_questions import PictureQuestion, look
 from qr_integrations.evaluation.ratios import Counts, estimates, ratio, ratio_difference
-from qr_integrations.evaluation.specs import check_distinct, read_layers_or, read_spec
+from qr_integrations.evaluation.specs import check_distinct, read_count_or_share, read_layers_or, read_spec
 from qr_integrations.evaluation.statistics import Estimate
-from qr_integrations.types import Box, Message
-
-
-def _pixels_or_share(text: str) -> int | float:
-    return float(text) if "." in text else int(text)
-
+from qr_integrations.evaluation.token_systems import (
+    TOKEN_SETTINGS,
+    StepsFor,
+    mean_visual_tokens,
+    num_words,
+    token_steps,
+)
+from qr_integrations.types import Answer, Box, Message
 
 NONE, RANDOM, ORACLE = "none", "random", "oracle"
 VICROP: tuple[Method, ...] = ("relative", "gradient", "input_gradient")
 SYSTEMS = (NONE, *VICROP, RANDOM, ORACLE)
 ALL, SIZE, SKILL = "all", "size", "skill"
-_ANY: Mapping[str, Callable[[str], Any]] = {"base": _pixels_or_share, "min_lift": float}
+_ANY: Mapping[str, Callable[[str], Any]] = {"base": read_count_or_share, "min_lift": float}
 _SETTINGS: Mapping[str, Mapping[str, Callable[[str], Any]]] = {
     NONE: {},
     **{method: {"layers": read_layers_or("all"), **_ANY} for method in ("relative", "gradient")},
     "input_gradient": _ANY,
     RANDOM: {},
     ORACLE: {},
+    **TOKEN_SETTINGS,
 }
-
-
-@dataclass(frozen=True, slots=True)
-class KnownBox:
-    """A second look at a place that is known beforehand; None: no second look. Passed as ``crop=``."""
-
-    box: Box | None
-
-    def crop(self, backend: Any, messages: tuple[Message, ...]) -> Cropped:
-        """Every picture is followed by its part in the box."""
-        if self.box is None:
-            return Cropped(messages, (self,))
-        return Cropped(tuple(Message(one.role, self._looked_at_again(one)) for one in messages), (self,))
-
-    def _looked_at_again(self, message: Message) -> tuple[str | Image.Image, ...]:
-        parts: list[str | Image.Image] = []
-        for part in message.content:
-            parts.append(part)
-            if self.box is not None and not isinstance(part, str):
-                parts.append(part.crop(self.box.as_tuple()))
-        return tuple(parts)
-
-
-def crop_sides(base: int) -> tuple[int, ...]:
-    """The sides in pixels that ViCrop's crops can have, smallest first.
-
-    Example:
-        >>> crop_sides(336)
-        (336, 402, 470, 536, 604, 672)
-    """
-    return tuple(2 * int(base * ratio // 2) for ratio in RATIOS)
-
-
-def oracle_box(size: tuple[int, int], box: Box | None, base: int) -> Box | None:
-    """The smallest of ViCrop's crops that holds a box, around its centre.
-
-    None where no second look helps: nothing to look at, a picture that ViCrop would not crop either, or a box that none
-    of the sizes holds.
-    """
-    if box is None or max(size) <= base:
-        return None
-    fitting = [side for side in crop_sides(base) if side >= max(box.width, box.height)]
-    if not fitting:
-        return None
-    return _square(size, fitting[0], (box.left + box.right) // 2, (box.top + box.bottom) // 2)
-
-
-def random_box(size: tuple[int, int], box: Box, draw: Random) -> Box:
-    """A box as large as another one, anywhere in the picture."""
-    left, top = draw.randint(0, size[0] - box.width), draw.randint(0, size[1] - box.height)
-    return Box(left, top, left + box.width, top + box.height)
-
-
-@dataclass(frozen=True, slots=True)
-class RandomPlace:
-    """A second look at a place that means nothing, as large as what ViCrop would look at. Passed as ``crop=``."""
-
-    seed: str
-
-    def crop(self, backend: Any, messages: tuple[Message, ...]) -> Cropped:
-        """The conversation with a crop of its one picture; none where ViCrop would not crop."""
-        (look,) = ViCrop().crop(backend, messages).record
-        draw = Random(self.seed)
-        return KnownBox(look.box and random_box(look.importance.image_size, look.box, draw)).crop(backend, messages)
-
-
-def _square(size: tuple[int, int], side: int, x: int, y: int) -> Box:
-    """Around (x, y), moved into the picture and cut where that is smaller."""
-    width, height = min(side, size[0]), min(side, size[1])
-    left = min(max(0, x - width // 2), size[0] - width)
-    top = min(max(0, y - height // 2), size[1] - height)
-    return Box(left, top, left + width, top + height)
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,11 +58,13 @@ class PictureSystem:
 
     Attributes:
         name: as it stands in tables.
-        look_again: gives what is passed as ``crop=``, for a model, a question and the size of its picture.
+        steps: gives what is passed: ``crop``, ``num_visual_tokens``, ``prune`` or ``deco``.
+        backend: the model that answers; None: the one that all systems share.
     """
 
     name: str
-    look_again: Callable[[Backend, PictureQuestion, tuple[int, int]], Cropper | None]
+    steps: StepsFor
+    backend: Backend | None = None
 
 
 def make_picture_systems(specs: Sequence[str], *, seed: int = 0) -> list[PictureSystem]:
@@ -142,25 +72,27 @@ def make_picture_systems(specs: Sequence[str], *, seed: int = 0) -> list[Picture
 
     Args:
         specs: one line each, no two the same.
-        seed: of ``random``; the same question always gets the same crop.
+        seed: of ``random`` and ``random_tokens``; the same question always gets the same crop, and the same tokens.
 
     Raises:
-        InputError: a line that is no system, has a setting that there is not, or stands twice.
+        InputError: a line that is no system, has a setting that there is not or that cannot be, or stands twice.
     """
     check_distinct(specs)
-    return [PictureSystem(spec, _second_look(spec, seed)) for spec in specs]
+    return [PictureSystem(spec, _steps(spec, seed)) for spec in specs]
 
 
-def _second_look(spec: str, seed: int) -> Callable[[Backend, PictureQuestion, tuple[int, int]], Cropper | None]:
-    def at_random(backend: Backend, question: PictureQuestion, size: tuple[int, int]) -> Cropper:
-        return RandomPlace(f"{seed}-{question.id}-{question.question}")
+def _steps(spec: str, seed: int) -> StepsFor:
+    def at_random(backend: Backend, question: PictureQuestion, size: tuple[int, int]) -> dict[str, Any]:
+        return {"crop": RandomPlace(f"{seed}-{question.id}-{question.question}")}
 
-    def around(backend: Backend, question: PictureQuestion, size: tuple[int, int]) -> Cropper:
-        return KnownBox(oracle_box(size, question.box, crop_side(backend, size)))
+    def around(backend: Backend, question: PictureQuestion, size: tuple[int, int]) -> dict[str, Any]:
+        return {"crop": KnownBox(oracle_box(size, question.box, crop_side(backend, size)))}
 
     name, settings = read_spec(spec, _SETTINGS)
+    if name in TOKEN_SETTINGS:
+        return token_steps(name, settings, seed)
     vicrop = next((ViCrop(method, **settings) for method in VICROP if method == name), None)
-    return {RANDOM: at_random, ORACLE: around}.get(name, lambda backend, question, size: vicrop)
+    return {RANDOM: at_random, ORACLE: around}.get(name, lambda backend, question, size: {"crop": vicrop})
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,7 +105,10 @@ class PictureRun:
         text: what was answered.
         right: whether that is an answer.
         box: where it looked again; None if nowhere.
-        seconds: what answering took, the second look included.
+        seconds: what answering took, everything included.
+        first_token: seconds until the first token of the answer, a second look left out.
+        visual_tokens: tokens of pictures that a layer of the language model read, the mean over its layers; None where
+            the model does not say which these are.
     """
 
     system: str
@@ -182,6 +117,8 @@ class PictureRun:
     right: bool
     box: Box | None
     seconds: float
+    first_token: float = 0.0
+    visual_tokens: float | None = None
 
 
 def ask_pictures(
@@ -211,22 +148,36 @@ def ask_pictures(
     if not questions:
         raise InputError("no questions to measure on: pass at least one PictureQuestion")
     runs: list[PictureRun] = []
+    models = {id(model): model for model in (system.backend or backend for system in systems)}
     for number, question in enumerate(questions):
         picture = look(question.image)
         message = Message.user(picture, f"{question.question} {instruction}".strip())
+        words = {key: num_words(model, message) for key, model in models.items()}
         for system in systems:
+            model = system.backend or backend
             start = time.perf_counter()
-            again = system.look_again(backend, question, picture.size)
-            if isinstance(again, ViCrop):  # the same template for both questions
-                again = replace(again, generic=f"{again.generic} {instruction}".strip())
-            answer = backend.answer([message], crop=again, max_new_tokens=max_new_tokens)
+            steps = _phrased(system.steps(model, question, picture.size), instruction)
+            answer = model.answer([message], **steps, max_new_tokens=max_new_tokens)
             seconds = time.perf_counter() - start
-            box = next((one.box for one in answer.steps.get("crop", ()) if one.box is not None), None)
             right = is_right(answer.text, question.answers, contains=contains)
-            runs.append(PictureRun(system.name, number, answer.text, right, box, seconds))
+            first, layers = answer.seconds.get("first_token", seconds), model.config.num_hidden_layers
+            visual = mean_visual_tokens(answer, words[id(model)], layers)
+            runs.append(PictureRun(system.name, number, answer.text, right, _box(answer), seconds, first, visual))
         if progress:
             progress(number + 1, len(questions))
     return runs
+
+
+def _phrased(steps: Mapping[str, Any], instruction: str) -> Mapping[str, Any]:
+    """With the same template for both of ViCrop's questions."""
+    again = steps.get("crop")
+    if not isinstance(again, ViCrop):
+        return steps
+    return {**steps, "crop": replace(again, generic=f"{again.generic} {instruction}".strip())}
+
+
+def _box(answer: Answer) -> Box | None:
+    return next((one.box for one in answer.steps.get("crop", ()) if one.box is not None), None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -240,6 +191,8 @@ class SystemAccuracy:
         looked_again: share of the questions for which a crop was cut.
         found: share of those crops in which the middle of what is asked about lies; None where nothing is known of it.
         seconds: of one question, the median.
+        first_token: seconds until an answer's first token, the median.
+        visual_tokens: that a layer read, the mean; None where nothing is known of them.
     """
 
     name: str
@@ -248,6 +201,8 @@ class SystemAccuracy:
     looked_again: float = 0.0
     found: float | None = None
     seconds: float = 0.0
+    first_token: float = 0.0
+    visual_tokens: float | None = None
 
 
 def size_name(share: float) -> str:
@@ -273,33 +228,55 @@ def slice_questions(questions: Sequence[PictureQuestion]) -> dict[str, dict[str,
     return {ALL: {ALL: list(range(len(questions)))}, **{kind: named for kind, named in found.items() if named}}
 
 
+Slices = Mapping[str, Mapping[str, Sequence[int]]]
+"""Numbers of questions, by what they are grouped by and by name."""
+
+
 def summarise_pictures(
-    runs: Sequence[PictureRun], questions: Sequence[PictureQuestion], baselines: Sequence[str] = (NONE, RANDOM)
+    runs: Sequence[PictureRun],
+    questions: Sequence[PictureQuestion],
+    baselines: Sequence[str] | Mapping[str, Sequence[str]] = (NONE, RANDOM),
+    slices: Slices | None = None,
 ) -> list[SystemAccuracy]:
     """Accuracy of every system with intervals, and paired differences from the baselines that were measured.
 
     Questions of the same group are not independent: intervals and tests draw groups.
 
+    Args:
+        runs: from `ask_pictures`.
+        questions: that were asked.
+        baselines: of all systems, or by the name of a system.
+        slices: what figures are told for; None: `slice_questions`.
+
     Raises:
         MissingExtra: scipy is not installed.
     """
     own = {name: [run for run in runs if run.system == name] for name in dict.fromkeys(run.system for run in runs)}
-    counts = {name: _count(some, questions) for name, some in own.items()}
+    sliced = slice_questions(questions) if slices is None else slices
+    counts = {name: count_right(some, questions, sliced) for name, some in own.items()}
+    of = baselines if isinstance(baselines, Mapping) else dict.fromkeys(own, baselines)
     return [
         SystemAccuracy(
             name,
             estimates(ratio, found),
             {
                 baseline: estimates(ratio_difference, found, counts[baseline])
-                for baseline in baselines
+                for baseline in of.get(name, ())
                 if baseline in own and baseline != name
             },
             sum(run.box is not None for run in own[name]) / len(own[name]),
             _found(own[name], questions),
             median(run.seconds for run in own[name]),
+            median(run.first_token for run in own[name]),
+            _mean(run.visual_tokens for run in own[name]),
         )
         for name, found in counts.items()
     ]
+
+
+def _mean(values: Iterable[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known else None
 
 
 def _found(runs: Sequence[PictureRun], questions: Sequence[PictureQuestion]) -> float | None:
@@ -313,12 +290,14 @@ def _holds_middle(crop: Box, box: Box) -> bool:
     return crop.left <= x < crop.right and crop.top <= y < crop.bottom
 
 
-def count_questions(questions: Sequence[PictureQuestion]) -> dict[str, dict[str, tuple[int, int]]]:
+def count_questions(
+    questions: Sequence[PictureQuestion], slices: Slices | None = None
+) -> dict[str, dict[str, tuple[int, int]]]:
     """How many questions of how many groups every slice holds."""
-    groups = _groups(questions)
+    groups, sliced = _groups(questions), slice_questions(questions) if slices is None else slices
     return {
         kind: {name: (len(some), len({groups[number] for number in some})) for name, some in named.items()}
-        for kind, named in slice_questions(questions).items()
+        for kind, named in sliced.items()
     }
 
 
@@ -326,13 +305,14 @@ def _groups(questions: Sequence[PictureQuestion]) -> list[str]:
     return [question.group or f"question {number}" for number, question in enumerate(questions)]
 
 
-def _count(runs: Sequence[PictureRun], questions: Sequence[PictureQuestion]) -> dict[str, dict[str, Counts]]:
-    """Right answers and questions of every group, for every slice."""
+def count_right(
+    runs: Sequence[PictureRun], questions: Sequence[PictureQuestion], slices: Slices
+) -> dict[str, dict[str, Counts]]:
+    """Right answers and questions of every group, for every slice, from one system's runs on all questions."""
     groups = _groups(questions)
     right = np.array([float(run.right) for run in sorted(runs, key=lambda run: run.number)])
     return {
-        kind: {name: _by_group(right, groups, some) for name, some in named.items()}
-        for kind, named in slice_questions(questions).items()
+        kind: {name: _by_group(right, groups, some) for name, some in named.items()} for kind, named in slices.items()
     }
 
 

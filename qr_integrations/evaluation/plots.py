@@ -16,6 +16,7 @@ from qr_integrations.evaluation.summary import Report
 
 # told apart without colour vision too (Okabe and Ito)
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+NUM_COLOURS = len(_COLOURS)
 _LONGEST_NAME = 48  # characters of a system's name
 
 

@@ -18,8 +18,9 @@ from qr_integrations.files import whole_folder
 from qr_integrations.types import JudgedList
 
 RESULTS, PER_QUERY, TABLES = "results.json", "per_query.jsonl", "report.md"
+SKILLS = "skills.png"
 _QUALITY, _BIASES, _SWEEP, _LENGTHS = "quality.png", "biases.png", "heads_and_layers.png", "lengths.png"
-_FILES = {RESULTS, PER_QUERY, TABLES, _QUALITY, _BIASES, _SWEEP, _LENGTHS}
+_FILES = {RESULTS, PER_QUERY, TABLES, SKILLS, _QUALITY, _BIASES, _SWEEP, _LENGTHS}
 _RUN_SUFFIX = ".trec"
 _LONGEST_NAME = 100  # characters of a system's name in a file's name
 

@@ -75,3 +75,8 @@ def read_layers(text: str) -> tuple[int, ...]:
 def read_layers_or(*words: str) -> Callable[[str], tuple[int, ...] | str]:
     """Layers, or one of some words."""
     return lambda text: text if text in words else read_layers(text)
+
+
+def read_count_or_share(text: str) -> int | float:
+    """``16``, or ``0.25`` of all."""
+    return float(text) if "." in text else int(text)

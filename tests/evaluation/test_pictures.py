@@ -99,7 +99,7 @@ def question(number: int = 0, **changes: Any) -> Any:
 
 
 def test_an_oracle_crop_is_the_smallest_that_holds_the_box() -> None:
-    from qr_integrations.evaluation.pictures import crop_sides, oracle_box
+    from qr_integrations.evaluation.known_crops import crop_sides, oracle_box
     from qr_integrations.types import Box
 
     rng, checked = Random(0), set()
@@ -120,7 +120,7 @@ def test_an_oracle_crop_is_the_smallest_that_holds_the_box() -> None:
 
 
 def test_no_crop_where_nothing_is_to_be_looked_at_or_the_picture_is_small() -> None:
-    from qr_integrations.evaluation.pictures import oracle_box
+    from qr_integrations.evaluation.known_crops import oracle_box
     from qr_integrations.types import Box
 
     box = Box(10, 10, 20, 20)
@@ -130,7 +130,7 @@ def test_no_crop_where_nothing_is_to_be_looked_at_or_the_picture_is_small() -> N
 
 
 def test_random_crops_are_as_large_as_the_other_and_lie_anywhere() -> None:
-    from qr_integrations.evaluation.pictures import random_box
+    from qr_integrations.evaluation.known_crops import random_box
     from qr_integrations.types import Box
 
     draw, size = Random(1), (900, 600)
@@ -142,7 +142,7 @@ def test_random_crops_are_as_large_as_the_other_and_lie_anywhere() -> None:
 
 
 def test_a_known_box_shows_its_part_behind_the_picture() -> None:
-    from qr_integrations.evaluation.pictures import KnownBox
+    from qr_integrations.evaluation.known_crops import KnownBox
     from qr_integrations.types import Box, Message
 
     picture = Image.effect_noise((64, 48), 50).convert("RGB")
@@ -174,7 +174,7 @@ def test_settings_reach_the_second_look(unchecked: None) -> None:
     from qr_integrations.evaluation.pictures import make_picture_systems
 
     specs = ["relative:layers=4-6,min_lift=1.5", "gradient:layers=all", "input_gradient:base=64", "none"]
-    made: list[Any] = [one.look_again(None, question(), (8, 8)) for one in make_picture_systems(specs)]
+    made: list[Any] = [one.steps(None, question(), (8, 8))["crop"] for one in make_picture_systems(specs)]
     assert made == [
         ViCrop("relative", layers=(4, 5, 6), min_lift=1.5),
         ViCrop("gradient", layers="all"),
@@ -345,7 +345,7 @@ def test_the_page_holds_what_was_measured(report: Any) -> None:
     by_size, by_skill, time = rows(page, "relative")
     assert [cell.split()[0] for cell in by_size[1:]] == ["1.000", "0.750", "0.583"]
     assert [cell.split()[0] for cell in by_skill[1:]] == ["0.875", "0.000", "0.583"]
-    assert time[1:3] == ["100%", ""]
+    assert time[1:4] == ["100%", "", ""]
     assert rows(page, "questions / scenes")[0][1:] == ["40 / 40", "40 / 40", "120 / 40"]
     against_none, against_random = rows(page, "size 0.05")
     assert [cell.split()[0] for cell in against_none[1:]] == ["+0.750", "+0.000"]
@@ -376,6 +376,8 @@ def test_a_report_replaces_an_earlier_one_and_nothing_else(
         "right": False,
         "box": [0, 0, 4, 4],
         "seconds": 0.101,
+        "first_token": 0.0,
+        "visual_tokens": None,
     }
     results = json.loads((folder / "results.json").read_text())
     assert results["systems"][1]["accuracy"]["size"]["0.05"]["mean"] == 0.75
