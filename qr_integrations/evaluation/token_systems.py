@@ -13,7 +13,7 @@ from qr_integrations.backend import Backend
 from qr_integrations.backend.visual_tokens import Pruner
 from qr_integrations.errors import InputError
 from qr_integrations.evaluation.picture_questions import PictureQuestion
-from qr_integrations.evaluation.specs import read_count_or_share, read_spec
+from qr_integrations.evaluation.specs import read_count_or_share, read_layers, read_spec
 from qr_integrations.pruning import (
     CDPruner,
     ClassAttention,
@@ -49,7 +49,7 @@ _KEEP: Mapping[str, Callable[[str], Any]] = {"keep": read_count_or_share}
 TOKEN_SETTINGS: Mapping[str, Mapping[str, Callable[[str], Any]]] = {
     MQT: {"tokens": int},
     "cdpruner": {**_KEEP, "relevance": str, "text_encoder": str, "sign": int, "theta": float},
-    "sparsevlm": {**_KEEP, "version": str},
+    "sparsevlm": {**_KEEP, "version": str, "layers": read_layers},
     RANDOM_TOKENS: _KEEP,
     "uniform_grid": _KEEP,
     "class_attention": _KEEP,
