@@ -1,5 +1,6 @@
 """What chats do besides generating: the steps of `Backend.answer` as settings that JSON can hold."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
@@ -35,7 +36,7 @@ class Step:
         kinds = {kind.__name__: kind for kind in self.load()}
         if called is None:
             return next(iter(kinds.values()))
-        if called not in kinds:
+        if not isinstance(called, str) or called not in kinds:
             raise InputError(f"there is no {self.tag} {called!r}: pass {', '.join(kinds)}")
         return kinds[called]
 
@@ -71,6 +72,13 @@ def _deco() -> tuple[type, ...]:
     return (DeCo,)
 
 
+def _each(number: int | float) -> int:
+    """Tokens of each picture."""
+    if not 1 <= number < math.inf or number != int(number):
+        raise InputError(f"num_visual_tokens={number!r} is no number of tokens: pass a whole number from 1 on")
+    return int(number)
+
+
 def _looks(looks: Sequence[Any]) -> list[dict[str, Any]]:
     return [look.as_dict() for look in looks]
 
@@ -82,7 +90,7 @@ def _told(record: Any) -> dict[str, Any]:
 
 CHAT_STEPS = {
     "crop": Step(_vicrop, _looks),
-    "num_visual_tokens": Step(_budgets, int, tag="budget", name="mqt", of_number=lambda number: number),
+    "num_visual_tokens": Step(_budgets, int, tag="budget", name="mqt", of_number=_each),
     "prune": Step(_pruners, _told, tag="pruner", of_number=lambda number: _pruners()[0](keep=number)),
     "deco": Step(_deco, _told),
 }
@@ -136,8 +144,10 @@ def as_step(name: str, given: Any) -> Any:
     if isinstance(given, int | float) and step.of_number is not None:
         return step.of_number(given)
     if not isinstance(given, Mapping):
-        usual = step.kind().__name__
-        raise InputError(f"{name}={given!r} is no {usual}: pass True, False, {usual}(...) or a mapping")
+        kinds = [kind.__name__ for kind in step.load()]
+        number = "a number, " if step.of_number is not None else "True, "
+        ways = ", ".join(f"{kind}(...)" for kind in kinds)
+        raise InputError(f"{name}={given!r} is no {kinds[0]}: pass {number}False, {ways} or a mapping")
     settings = dict(given)
     kind = step.kind(settings.pop(step.tag, None) if step.tag else None)
     known = [field.name for field in fields(kind)]
@@ -147,5 +157,6 @@ def as_step(name: str, given: Any) -> Any:
         return kind(**{key: tuple(value) if isinstance(value, list) else value for key, value in settings.items()})
     except TypeError as error:
         raise InputError(
-            f"{name}={given!r} has a value of a wrong type ({error}): pass values as {kind.__name__} has them"
+            f"{name}={given!r} lacks a value, or has one of a wrong type ({error}): pass values as {kind.__name__} has "
+            "them"
         ) from error

@@ -79,7 +79,7 @@ class ChatSettings(PictureSettings):
         return as_step(info.field_name, given)
 
     @field_serializer(*CHAT_STEPS)
-    def _stepsas_json(self, step: Any, info: Any) -> Any:
+    def _steps_as_json(self, step: Any, info: Any) -> Any:
         return step if isinstance(step, bool) else as_json(info.field_name, step)
 
     @field_validator("stop", mode="before")
@@ -214,21 +214,26 @@ class ChatSettings(PictureSettings):
     def num_tokens(self, messages: Sequence[Message]) -> int:
         """Tokens of a conversation as the model reads it, pictures included, crops not.
 
+        A number in `num_visual_tokens` counts; what a budget would choose, or `prune` drop, is known with the answer.
         What cannot be answered as it stands, because it is too long or begins with an answer, is counted message by
         message, each in a frame of its own.
         """
         if not any(message.content for message in messages):
             return 0
         try:
-            return len(self.open().lay_out(self.conversation(messages)))
+            return self._num_laid_out(self.conversation(messages))
         except InputError:
-            frame = len(self.open().lay_out([Message.user("a")])) - len(self.text_token_ids("a"))
+            frame = self._num_laid_out([Message.user("a")]) - len(self.text_token_ids("a"))
             return sum(frame + sum(self._num_part_tokens(part, frame) for part in m.content) for m in messages)
 
     def _num_part_tokens(self, part: str | Image.Image, frame: int) -> int:
         if isinstance(part, str):
             return len(self.text_token_ids(part))
-        return len(self.open().lay_out([Message.user(part)])) - frame
+        return self._num_laid_out([Message.user(part)]) - frame
+
+    def _num_laid_out(self, turns: Sequence[Message]) -> int:
+        asked = self.strategy().steps.get("num_visual_tokens")
+        return len(self.open().lay_out(turns, num_visual_tokens=asked if isinstance(asked, int) else None))
 
 
 def _as_stops(stop: Any) -> tuple[Any, ...]:

@@ -4,7 +4,6 @@ It stands between the rooms and the roof: `langchain` and `llama_index` add thei
 Importing it loads pydantic, which both frameworks bring; the model's libraries are loaded on first use.
 """
 
-import os
 from collections.abc import Callable, Iterator, Sequence
 from io import BytesIO
 from typing import TYPE_CHECKING, Any
@@ -24,6 +23,17 @@ SETTINGS = ConfigDict(
 )  # a typo is an error
 
 
+def check_several(sources: Any) -> None:
+    """Whether this is a list of pictures, or something like it.
+
+    Raises:
+        InputError: it is one picture, or can be read once only.
+    """
+    alone = isinstance(sources, str | bytes | bytearray | memoryview) or getattr(sources, "ndim", 4) < 4
+    if alone or not (hasattr(sources, "__len__") and hasattr(sources, "__getitem__")):
+        raise InputError(f"a {type(sources).__name__} is no list of pictures: put it into one, [picture]")
+
+
 class EmbeddingSettings(PictureSettings):
     """A matryoshka model, and how it embeds pictures. The same names in both frameworks; all of it can be JSON.
 
@@ -32,7 +42,7 @@ class EmbeddingSettings(PictureSettings):
             trust_remote_code, model_kwargs: see `ModelSettings`; `model` also as `model_name`.
         num_visual_tokens: how many tokens of a picture its vector is made of; None for all that the model makes.
             Vectors of different numbers do not belong into one index.
-        embed_batch_size: how many pictures are opened and read at once.
+        embed_batch_size: how many pictures are opened at once; up to 16 of them are read in one pass.
         texts_are_pictures: take texts as addresses of pictures (a path, a ``data:`` URI, a URL), so that stores and
             retrievers that know texts only hold pictures. Otherwise texts are refused: the model has no vectors of
             texts that could be compared with those of pictures.
@@ -114,8 +124,7 @@ class EmbeddingSettings(PictureSettings):
     def _batches(
         self, sources: Sequence[PictureSource], first: int, embed: Callable[[list[Image.Image]], list[Any]]
     ) -> Iterator[list[Any]]:
-        if isinstance(sources, str | bytes | os.PathLike | Image.Image):
-            raise InputError(f"a {type(sources).__name__} is no list of pictures: put it into one, [picture]")
+        check_several(sources)
         for start in range(0, len(sources), self.embed_batch_size):
             batch = sources[start : start + self.embed_batch_size]
             yield embed([self._numbered(source, number) for number, source in enumerate(batch, first + start)])

@@ -80,7 +80,16 @@ def test_none_is_what_stands_there_by_default() -> None:
         ({"prune": {"pruner": "CDPruner", "kept": 1}}, "CDPruner has no setting 'kept': pass keep"),
         ({"prune": 1.5}, "keep=1.5 cannot be"),
         ({"num_visual_tokens": {"budget": "TokenBudget", "totally": 1}}, "TokenBudget has no setting 'totally'"),
-        ({"num_visual_tokens": "many"}, "num_visual_tokens='many' is no"),
+        (
+            {"num_visual_tokens": "many"},
+            r"num_visual_tokens='many' is no Confidence: pass a number, False, Conf.*Token",
+        ),
+        ({"num_visual_tokens": 0}, "num_visual_tokens=0 is no number of tokens"),
+        ({"num_visual_tokens": 2.5}, r"num_visual_tokens=2\.5 is no number of tokens"),
+        ({"num_visual_tokens": float("nan")}, "num_visual_tokens=nan is no number of tokens"),
+        ({"prune": "64"}, r"prune='64' is no CDPruner: pass a number, False, CDPruner\(\.\.\.\), SparseVLM"),
+        ({"prune": {"pruner": "CDPruner"}}, "lacks a value, .*'keep'.*: pass values as CDPruner has them"),
+        ({"prune": {"pruner": ["CDPruner"], "keep": 1}}, r"there is no pruner \['CDPruner'\]"),
     ],
     ids=str,
 )
@@ -94,8 +103,8 @@ def test_a_setting_that_cannot_be_is_an_error_at_once(settings: dict[str, Any], 
 @pytest.mark.parametrize(
     ("steps", "message"),
     [
-        ({"crop": {"min_lift": "a"}}, "crop=.*'a'.* has a value of a wrong type.*: pass values as ViCrop has them"),
-        ({"deco": {"alpha": "0.5"}}, "deco=.*'0.5'.* has a value of a wrong type.*: pass values as DeCo has them"),
+        ({"crop": {"min_lift": "a"}}, "crop=.*'a'.* one of a wrong type.*: pass values as ViCrop has them"),
+        ({"deco": {"alpha": "0.5"}}, "deco=.*'0.5'.* one of a wrong type.*: pass values as DeCo has them"),
         ({"deco": {"layers": 5}}, r"layers=5 cannot be: pass layers=\(5,\)"),
     ],
     ids=str,
@@ -140,6 +149,9 @@ def test_fewer_tokens_come_as_numbers_objects_and_mappings() -> None:
     )
     assert steps(prune={"pruner": "SparseVLM", "keep": 0.25}) == {"prune": SparseVLM(keep=0.25)}
     assert steps(num_visual_tokens=16, prune=False) == {"num_visual_tokens": 16}
+    assert json.dumps(ChatSettings(model="m", num_visual_tokens=16.0).identity()["qr_params"]) == (
+        '{"num_visual_tokens": 16}'
+    )
     assert steps(num_visual_tokens={"budget": "TokenBudget", "total": 99}) == {"num_visual_tokens": TokenBudget(99)}
     assert steps(num_visual_tokens=True) == {"num_visual_tokens": Confidence()}
     everything = {"crop": True, "num_visual_tokens": 16, "prune": 64, "deco": True}
@@ -364,6 +376,15 @@ def test_tokens_are_counted_as_they_are_read(chat: Any, picture: Image.Image) ->
     assert chat().num_tokens(said) == chat().give_answer(said).usage.prompt_tokens > 200
     assert chat().num_tokens([]) == chat().num_tokens(asked()) == 0
     assert len(chat().text_token_ids("red square")) == 2
+
+
+def test_fewer_tokens_of_pictures_are_counted_as_such(picture: Image.Image) -> None:
+    from qr_integrations.chatting import ChatSettings
+
+    few = ChatSettings(model="qr-mini-vl-mqt", num_visual_tokens=4, max_new_tokens=1)
+    said = asked(picture, QUESTION)
+    assert few.num_tokens(said) == few.give_answer(said).usage.prompt_tokens
+    assert few.model_copy(update={"num_visual_tokens": False}).num_tokens(said) == few.num_tokens(said) + 60
 
 
 def test_what_is_too_long_is_counted_too(chat: Any, picture: Image.Image) -> None:

@@ -156,7 +156,9 @@ def test_a_picture_that_cannot_be_opened_is_named_by_its_number(
 
 
 @pytest.mark.parametrize(
-    "one", ["a.png", Path("a.png"), b"...", Image.new("RGB", (8, 8))], ids=lambda one: type(one).__name__
+    "one",
+    ["a.png", Path("a.png"), b"...", BytesIO(), Image.new("RGB", (8, 8)), np.zeros((8, 8, 3), np.uint8), iter(())],
+    ids=lambda one: type(one).__name__,
 )
 @pytest.mark.usefixtures("unchecked")
 def test_one_picture_is_no_list_of_pictures(settings: Any, one: Any) -> None:

@@ -21,7 +21,7 @@ FOLDER = Path(__file__).parents[1] / "notebooks"
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
 LIMIT_BYTES = 600_000
 SECONDS_PER_CELL = 600  # a guard against hanging, not a promise
-WITHOUT_MARKED_TEXT = {"04_look_again", "07_which_layers"}  # they mark places in pictures
+WITHOUT_MARKED_TEXT = {"04_look_again", "06_fewer_tokens", "07_which_layers"}  # they mark places in pictures
 NUMBER = re.compile(r"(?<![\w.])[-+]?\d+(?:\.\d+)?(?![\w])")
 PATH = re.compile(r"(?<![\w.:/<*])/(?:[\w.-]+/)+[\w.-]+|\b[A-Za-z]:\\\w")
 METADATA = {
@@ -117,7 +117,7 @@ def notebook(request: pytest.FixtureRequest) -> tuple[Path, Any, Any]:
 
 
 def test_all_notebooks_are_here() -> None:
-    assert [path.stem[:2] for path in NOTEBOOKS] == ["01", "02", "03", "04", "05", "07"]
+    assert [path.stem[:2] for path in NOTEBOOKS] == ["01", "02", "03", "04", "05", "06", "07"]
 
 
 def test_it_shows_a_picture_and_marked_text(notebook: tuple[Path, Any, Any]) -> None:

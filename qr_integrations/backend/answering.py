@@ -237,11 +237,13 @@ def answer(
 def _num_visual_tokens(
     backend: Reader, conversation: tuple[Message, ...], steps: Steps, done: dict[str, Any]
 ) -> int | None:
-    """As many as were asked for, or as a budget chooses, which is noted."""
+    """As many as were asked for, or as a budget chooses, which is noted; without pictures it is not asked."""
     asked = steps.num_visual_tokens
     if asked is None or isinstance(asked, int):
         return asked
     check_num_visual_tokens(backend, 1)
+    if not any(message.pictures for message in conversation):
+        return None
     done["num_visual_tokens"] = asked.choose(backend, conversation)
     return int(done["num_visual_tokens"])
 

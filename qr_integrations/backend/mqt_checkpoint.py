@@ -43,6 +43,7 @@ _PLACES = {
 }
 """Where weights stand there, and here; the first that fits."""
 _COMPUTED = (".position_ids", ".inv_freq")  # once stored, now computed
+_ROTATION = {"rope_theta", "rope_scaling"}  # as configs of that time tell it; transformers reads it still
 _ROWS = 64  # tables of words have a multiple of so many rows
 _VICUNA = (
     "{{ bos_token }}{% if messages[0]['role'] != 'system' %}A chat between a curious user and an artificial "
@@ -173,8 +174,9 @@ def _config(
     if queries is None:
         raise LoadError("there is no 'model.query_abstractor.query' among the weights: pass an MQT-LLaVA checkpoint")
     image = tokenizer.convert_tokens_to_ids("<image>")
-    told = {name: value for name, value in given.items() if name in LlamaConfig().to_dict() and name != "model_type"}
-    rows = max(given["vocab_size"], len(tokenizer))
+    known = LlamaConfig().to_dict().keys() - {"model_type"} | _ROTATION
+    told = {name: value for name, value in given.items() if name in known}
+    rows = max(given.get("vocab_size", 0), len(tokenizer))
     text = LlamaConfig(**{**told, "vocab_size": _ROWS * math.ceil(rows / _ROWS), "architectures": None})
     return MQTLlavaConfig(
         vision_config=tower.to_dict(),

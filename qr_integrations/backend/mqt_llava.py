@@ -83,9 +83,10 @@ class MQTLlavaModel(LlavaModel):
         Raises:
             InputError: they have not.
         """
-        made = (kwargs.pop("mm_encoder_outputs", None) or {}).get("image")  # `generate` makes all tokens beforehand
+        made = (kwargs.get("mm_encoder_outputs") or {}).get("image")  # `generate` makes all tokens beforehand
         shown: Any = pixel_values if made is None else torch.stack(list(made.pooler_output))
         if input_ids is not None and shown is not None:
+            kwargs.pop("mm_encoder_outputs", None)
             places = input_ids == self.config.image_token_id
             count = _equal_share(places, len(shown))
             tokens = (self.tokens_of(shown, count) if made is None else shown[:, :count]).flatten(0, 1)
@@ -104,6 +105,16 @@ class MQTLlavaForConditionalGeneration(LlavaForConditionalGeneration):
         super().__init__(config)
         self.model = MQTLlavaModel(config)
         self.post_init()
+
+    def _expand_inputs_for_generation(
+        self, expand_size: int = 1, is_encoder_decoder: bool = False, input_ids: Tensor | None = None, **kwargs: Any
+    ) -> Any:
+        """For beams, transformers tells whose pictures are whose by counting placeholders: no token more is left."""
+        made = (kwargs.get("mm_encoder_outputs") or {}).get("image")
+        if made is not None and input_ids is not None and input_ids.numel():
+            tokens = torch.stack(list(made.pooler_output))
+            made.pooler_output = tokens[:, : _equal_share(input_ids == self.config.image_token_id, len(tokens))]
+        return super()._expand_inputs_for_generation(expand_size, is_encoder_decoder, input_ids, **kwargs)
 
 
 def _equal_share(places: Bool[Tensor, "B T"], num_pictures: int) -> int:

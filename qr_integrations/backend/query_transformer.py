@@ -25,12 +25,14 @@ class _Constants:
     """What is the same for all pictures.
 
     Attributes:
-        of: the parameters it was computed from, by place and version.
+        parameters: it was computed from them; held, so that no others get their place in memory.
+        of: which contents they had, by place and version, and for which patches it was computed.
         attention: ``[H, M, N]``.
         out: from the heads' values to tokens, ``[V, D]``.
         shift: what every token gets whatever the picture, ``[D]``: rows of the attention sum to 1.
     """
 
+    parameters: tuple[Tensor, ...]
     of: tuple[Any, ...]
     attention: Tensor
     out: Tensor
@@ -187,20 +189,20 @@ class QueryTransformer(nn.Module):
 
     def _constants(self, patches: Tensor) -> _Constants:
         """Computed anew once a parameter was moved, cast, loaded or changed in place, unless through ``.data``."""
-        own = self.state_dict(keep_vars=True).values()
+        own = tuple(self.state_dict(keep_vars=True).values())
         versions = [(one.data_ptr(), 0 if one.is_inference() else one._version) for one in own]
         now = (patches.dtype, patches.device, *versions)
         kept = self._kept  # another thread may put its own there meanwhile: the same
-        if kept is None or kept.of != now:
+        if kept is None or kept.of != now or any(a is not b for a, b in zip(kept.parameters, own, strict=True)):
             with torch.inference_mode(False), torch.no_grad():  # what is kept may be needed for gradients later
-                kept = self._kept = self._fold(now, patches.dtype)
+                kept = self._kept = self._fold(own, now, patches.dtype)
         return kept
 
-    def _fold(self, of: tuple[Any, ...], dtype: torch.dtype) -> _Constants:
+    def _fold(self, parameters: tuple[Tensor, ...], of: tuple[Any, ...], dtype: torch.dtype) -> _Constants:
         proj = self.proj.float()
         out = self.attn.out_proj.weight.float().mT @ proj
         shift = self.attn.in_proj_bias.float().chunk(3)[2] @ out + self.attn.out_proj.bias.float() @ proj
-        return _Constants(of, self.attention().to(dtype), out.to(dtype), shift.to(dtype))
+        return _Constants(parameters, of, self.attention().to(dtype), out.to(dtype), shift.to(dtype))
 
     def _apply(self, fn: Any, recurse: bool = True) -> "QueryTransformer":
         self._kept = None  # freed memory may be given to other weights

@@ -14,9 +14,11 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from jaxtyping import Bool, Float, Int
+from PIL import Image
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, PreTrainedConfig, PreTrainedModel
@@ -25,9 +27,11 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 from qr_integrations.backend.backend import Backend
 from qr_integrations.backend.loading import resolve_device, resolve_dtype, resolve_name
 from qr_integrations.errors import InputError, LoadError, UnsupportedModelError
-from qr_integrations.images import DECODED, PictureSource, open_picture
+from qr_integrations.images import DECODED, PicturePolicy, PictureSource, open_picture
 
 UNPLACED = -1
+_LOCKS: WeakKeyDictionary[nn.Module, Any] = WeakKeyDictionary()  # all towers around a model wait for each other
+_LOOKING_UP = threading.Lock()
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +108,8 @@ class VisionTower:
                 first += len(views)
 
     def _prepared(self, picture: PictureSource) -> dict[str, Tensor]:
-        made = self._processor(images=[open_picture(picture, policy=DECODED)], return_tensors="pt")
+        policy = DECODED if isinstance(picture, Image.Image) else PicturePolicy()
+        made = self._processor(images=[open_picture(picture, policy=policy)], return_tensors="pt")
         tensors = {name: value for name, value in made.items() if isinstance(value, Tensor)}
         return {name: value for name, value in tensors.items() if name in self._accepted}
 
@@ -187,7 +192,8 @@ def tower_around(model: PreTrainedModel, processor: Any, *, name: str | None = N
     """
     model = model.eval()
     tower = model.get_encoder(modality="image") if _vision_config(model.config) is not model.config else model
-    lock = threading.RLock()
+    with _LOOKING_UP:
+        lock = _LOCKS.setdefault(model, threading.RLock())
     return VisionTower(
         name or model.config._name_or_path or type(model).__name__, tower, processor, tower, lambda: lock
     )

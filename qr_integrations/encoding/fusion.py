@@ -40,7 +40,7 @@ def fuse(model: Any, spec: FusionSpec, *, seed: int = 0) -> Any:
     transformers: its weights fit the projector of a model with the same list of layers.
 
     With internal fusion what follows a picture in a cache reads the pictures of earlier passes, but their own rows do
-    not see pictures that come later.
+    not see pictures that come later. Internal modular fusion refuses to be trained with gradient checkpointing.
 
     Args:
         model: a `Backend` or a transformers model with ``vision_tower`` and ``multi_modal_projector`` (LLaVA).
@@ -135,10 +135,10 @@ def save_fusion(model: Any, folder: str | Path, *, language_model: bool = False)
     folder.mkdir(parents=True, exist_ok=True)
     sizes = {name: getattr(projector.sizes, name) for name in FusionSizes.__slots__}
     settings = {"spec": projector.spec.as_dict(), "read": list(projector.layers.read), "sizes": sizes}
-    save_file(_weights(projector), folder / _WEIGHTS)
+    save_file(_weights({"": projector}), folder / _WEIGHTS)
     (folder / _LANGUAGE).unlink(missing_ok=True)
     if language_model:
-        save_file(_weights(model.get_decoder()), folder / _LANGUAGE)
+        save_file(_weights(_language_parts(model)), folder / _LANGUAGE)
     (folder / _SETTINGS).write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
 
 
@@ -167,11 +167,13 @@ def load_fusion(model: Any, folder: str | Path) -> Any:
             f"the fusion in {str(folder)!r} reads layers {read}, here they would be {list(projector.layers.read)}: "
             "load it with the model that it was made of"
         )
-    _take_over(projector, weights, folder / _WEIGHTS)
+    _take_over({"": projector}, weights, folder / _WEIGHTS)
     if language is not None:
-        _own_weights(made.get_decoder())
+        parts = _language_parts(made)
+        for part in parts.values():
+            _own_weights(part)
         made.tie_weights()
-        _take_over(made.get_decoder(), language, folder / _LANGUAGE)
+        _take_over(parts, language, folder / _LANGUAGE)
     return made
 
 
@@ -182,8 +184,19 @@ def _projector_of(model: Any) -> FusionProjector:
     return projector
 
 
-def _weights(module: nn.Module) -> dict[str, Tensor]:
-    return {name: value.detach().cpu().clone().contiguous() for name, value in module.state_dict().items()}
+def _language_parts(model: Any) -> dict[str, nn.Module]:
+    """The decoder, and what turns its states into words where that has weights of its own, by prefix of their names."""
+    words = model.get_output_embeddings()
+    tied = words is None or words.weight is model.get_input_embeddings().weight
+    return {"": model.get_decoder()} | ({} if tied else {"lm_head.": words})
+
+
+def _weights(parts: dict[str, nn.Module]) -> dict[str, Tensor]:
+    return {
+        prefix + name: value.detach().cpu().clone().contiguous()
+        for prefix, part in parts.items()
+        for name, value in part.state_dict().items()
+    }
 
 
 def _own_weights(module: nn.Module) -> None:
@@ -193,8 +206,9 @@ def _own_weights(module: nn.Module) -> None:
             setattr(part, name, nn.Parameter(value.detach().clone(), requires_grad=value.requires_grad))
 
 
-def _take_over(module: nn.Module, weights: dict[str, Tensor], path: Path) -> None:
-    own = {name: tuple(value.shape) for name, value in module.state_dict().items()}
+def _take_over(parts: dict[str, nn.Module], weights: dict[str, Tensor], path: Path) -> None:
+    states = {prefix: part.state_dict() for prefix, part in parts.items()}
+    own = {prefix + name: tuple(value.shape) for prefix, state in states.items() for name, value in state.items()}
     given = {name: tuple(value.shape) for name, value in weights.items()}
     wrong = sorted(name for name in own.keys() | given.keys() if own.get(name) != given.get(name))
     if wrong:
@@ -202,4 +216,5 @@ def _take_over(module: nn.Module, weights: dict[str, Tensor], path: Path) -> Non
             f"{len(wrong)} tensors of {str(path)!r} are missing, foreign or of another shape, first {wrong[0]!r}: load "
             "it with the model that it was made of, or write it again with save_fusion"
         )
-    module.load_state_dict(weights)
+    for prefix, part in parts.items():
+        part.load_state_dict({name: weights[prefix + name] for name in states[prefix]})

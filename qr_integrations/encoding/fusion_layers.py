@@ -49,12 +49,18 @@ class FusionSpec:
     siglip_layers: bool = False
 
     def __post_init__(self) -> None:
+        if isinstance(self.layers, list):
+            object.__setattr__(self, "layers", tuple(self.layers))
         if isinstance(self.layers, str):
             _one_of("layers", self.layers, SETS)
-        elif not self.layers or any(isinstance(v, bool) or not isinstance(v, int) or v < 0 for v in self.layers):
+        elif not (
+            isinstance(self.layers, tuple) and self.layers and all(_is_number(v) and v >= 0 for v in self.layers)
+        ):
             raise InputError(f"layers={self.layers!r} are no layers of a tower: pass whole numbers from 0, or a name")
         _one_of("strategy", self.strategy, STRATEGIES)
         _one_of("wiring", self.wiring, WIRINGS)
+        if not (self.final is None or _is_number(self.final)):
+            raise InputError(f"final={self.final!r} is no layer of a tower: pass a whole number, or leave it out")
         if self.wiring != "pre" and self.strategy != "internal_modular":
             raise InputError(f"wiring={self.wiring!r} is for strategy='internal_modular' only: leave it out")
         if self.layers == "none" and self.strategy not in ("linear", "external_direct"):
@@ -85,6 +91,10 @@ class FusionSpec:
             raise InputError(
                 f"these are no settings of a fusion ({error}): write them with FusionSpec.as_dict"
             ) from error
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _one_of(name: str, value: str, known: Sequence[str]) -> None:

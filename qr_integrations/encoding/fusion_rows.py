@@ -3,6 +3,7 @@
 Hooks on the fused model's own layers; the model that it was made of has none of them.
 """
 
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -16,7 +17,6 @@ from torch import Tensor, nn
 from qr_integrations.encoding.fusion_modules import FusionProjector
 from qr_integrations.errors import InputError, UnsupportedModelError
 
-_ARGUMENTS = ("input_ids", "pixel_values")  # of the model, by position
 _TOWER_OPTIONS = ("vision_feature_layer", "vision_feature_select_strategy", "image_sizes")
 _KEPT = "fused_pictures"  # where a cache keeps keys and values of the pictures that its tokens attend to
 
@@ -74,6 +74,7 @@ class Arrivals:
             else:
                 decoder.layers[number].register_forward_pre_hook(partial(self._add, index), with_kwargs=True)
         if modular:
+            decoder.register_forward_pre_hook(_check_not_recomputed)
             decoder.register_forward_pre_hook(self._remember, with_kwargs=True)
             decoder.register_forward_hook(self._end_pass, always_call=True)
 
@@ -101,7 +102,7 @@ class Arrivals:
     def _begin(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Pictures are encoded here if they are not yet; the model goes on with their tokens alone."""
         self._forget()
-        given = {**dict(zip(_ARGUMENTS, args, strict=False)), **kwargs}
+        given = {**dict(zip(inspect.signature(module.forward).parameters, args, strict=False)), **kwargs}
         encoded = (given.get("mm_encoder_outputs") or {}).get("image")
         pixels = given.pop("pixel_values", None)
         if encoded is None and pixels is not None:
@@ -210,6 +211,15 @@ def _repeated(kept: tuple[Tensor, Tensor, Tensor], many: int) -> tuple[Tensor, T
     times = many // len(kept[0])
     keys, values, there = (t.repeat_interleave(times, 0) if times > 1 else t for t in kept)
     return keys, values, there
+
+
+def _check_not_recomputed(decoder: Any, args: Any) -> None:
+    """What a layer computes again on the way back knows no pictures any more: gradients would be wrong."""
+    if decoder.training and torch.is_grad_enabled() and decoder.is_gradient_checkpointing:
+        raise InputError(
+            "internal modular fusion cannot be trained with gradient checkpointing: call "
+            "model.gradient_checkpointing_disable(), or use internal_direct"
+        )
 
 
 def _check_parts(layer: nn.Module) -> None:

@@ -12,12 +12,13 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
+from PIL import Image
 from torch import Tensor
 
 from qr_integrations.backend import Backend
 from qr_integrations.backend.tower_states import TowerStates, VisionTower, open_tower
 from qr_integrations.errors import InputError, ScoreError, UnsupportedModelError
-from qr_integrations.images import PictureSource
+from qr_integrations.images import DECODED, PicturePolicy, PictureSource, open_picture
 
 Probe = Literal["ridge", "knn"]
 
@@ -52,17 +53,21 @@ def picture_features(
         tower: what `open_tower` opens: a backend that sees pictures, a name, a folder, a hub id.
         pictures: opened, or what `open_picture` opens.
         places: one for each picture, as shares of its width and height from the left and the top. Pictures must be
-            square then: others may be cropped or padded before the tower reads them.
+            square then: others may be cropped or padded before the tower reads them, and are refused.
         batch_size: pictures of one pass at most.
 
     Raises:
-        InputError: no pictures, or not as many places.
+        InputError: no pictures, not as many places, a place outside of 0 to 1, or with places a picture that is not
+            square.
         UnsupportedModelError: for places, a tower that reads tiles, or patches in an order of its own.
     """
+    if wrong := [place for place in places or () if not all(0 <= share <= 1 for share in place)]:
+        raise InputError(f"{wrong[0]} is no place: pass shares of the width and the height, from 0 to 1")
     opened = open_tower(tower)
     means: list[Tensor] = []
     found: list[Tensor] = []
-    for states in opened.states(pictures, batch_size=batch_size):
+    shown = pictures if places is None else map(_square, pictures)
+    for states in opened.states(shown, batch_size=batch_size):
         for one, cell in _by_picture(states):
             means.append(one.mean(1))
             if places is not None and len(found) < len(places):
@@ -71,6 +76,16 @@ def picture_features(
         told = "no pictures" if places is None else f"{len(means)} pictures and {len(places)} places"
         raise InputError(f"{told} to make features of: pass at least one picture, and a place for each")
     return PictureFeatures(torch.stack(means, 1), torch.stack(found, 1) if places is not None else None)
+
+
+def _square(source: PictureSource) -> Image.Image:
+    picture = open_picture(source, policy=DECODED if isinstance(source, Image.Image) else PicturePolicy())
+    if picture.width != picture.height:
+        raise InputError(
+            f"the patch at a place is known in square pictures only, and one has {picture.width} x {picture.height} "
+            "pixels: cut or pad it, or leave out places"
+        )
+    return picture
 
 
 def _by_picture(states: TowerStates) -> Iterator[tuple[Float[Tensor, "L n d"], Int[Tensor, " n"]]]:
@@ -88,7 +103,7 @@ def _patch_at(name: str, cell: Int[Tensor, " n"], place: tuple[float, float]) ->
             f"{name!r} does not read a square picture as rows of patches, so that the patch at a place is not known: "
             "leave out places, and use the means over patches"
         )
-    column, row = (min(side - 1, max(0, int(share * side))) for share in place)
+    column, row = (min(side - 1, int(share * side)) for share in place)
     return row * side + column
 
 

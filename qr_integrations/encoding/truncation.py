@@ -1,6 +1,7 @@
 """Matryoshka embeddings of texts (arXiv 2205.13147): the first numbers of a vector, used alone."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -51,7 +52,7 @@ class TruncatedTextEncoder:
             raise MissingExtra("TruncatedTextEncoder", "eval") from error
         if dim is not None and (isinstance(dim, bool) or not isinstance(dim, int) or dim < 1):
             raise InputError(f"dim={dim!r} leaves nothing of a vector: pass 1 or more")
-        self.model = SentenceTransformer(model) if isinstance(model, str) else model
+        self.model = SentenceTransformer(str(model)) if isinstance(model, str | Path) else model
         self.dim = dim
         self.embed_query("how long is a vector")
 

@@ -15,7 +15,7 @@ from llama_index.core.schema import BaseNode, ImageDocument, ImageNode
 from llama_index.core.utils import get_tqdm_iterable
 from pydantic import Field, model_validator
 
-from qr_integrations.embedding import SETTINGS, EmbeddingSettings
+from qr_integrations.embedding import SETTINGS, EmbeddingSettings, check_several
 from qr_integrations.errors import InputError
 from qr_integrations.images import PictureSource
 from qr_integrations.images.policy import shown
@@ -75,6 +75,7 @@ class MQTImageEmbedding(EmbeddingSettings, MultiModalEmbedding):
                 `num_visual_tokens`.
             LoadError: the model cannot be loaded.
         """
+        check_several(img_file_paths)
         starts = range(0, len(img_file_paths), self.embed_batch_size)
         vectors: list[list[float]] = []
         for start in get_tqdm_iterable(starts, show_progress, "Generating image embeddings"):

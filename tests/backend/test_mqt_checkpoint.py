@@ -99,6 +99,18 @@ def test_what_is_written_says_what_was_published(checkpoint: Path, clip: Path, t
     backend.close()
 
 
+def test_how_the_checkpoint_rotates_is_kept(checkpoint: Path, clip: Path, tmp_path: Path) -> None:
+    from transformers import AutoConfig
+
+    told = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
+    told.pop("rope_parameters", None)
+    told |= {"rope_theta": 5e5, "rope_scaling": {"type": "linear", "factor": 4.0}}
+    (checkpoint / "config.json").write_text(json.dumps(told), encoding="utf-8")
+    text = AutoConfig.from_pretrained(convert(checkpoint, tmp_path / "out", vision_tower=clip)).text_config
+    rotation = {name: text.rope_parameters[name] for name in ("rope_type", "rope_theta", "factor")}
+    assert rotation == {"rope_type": "linear", "rope_theta": 5e5, "factor": 4.0}
+
+
 def test_new_words_are_never_said(checkpoint: Path, clip: Path, tmp_path: Path, original: Any) -> None:
     from qr_integrations.backend import Backend
 

@@ -71,6 +71,32 @@ def test_answers_take_a_number_or_a_budget() -> None:
     assert (chosen.text, chosen.usage) == (fewer.text, fewer.usage)
     assert chosen.steps == {"num_visual_tokens": 4} and fewer.steps == {}
     assert opened.answer(QUESTION, num_visual_tokens=4, max_new_tokens=3).text
+    assert opened.answer(QUESTION, num_visual_tokens=Four(), max_new_tokens=1).steps == {}
+
+
+@pytest.mark.parametrize(("count", "number"), [(1, 4), (2, 4), (3, 3)])  # three of three: as many as one picture's nine
+def test_beams_see_the_first_tokens_of_each_picture(count: int, number: int) -> None:
+    opened = backend(NAME)
+    prompt = opened.lay_out(seen(count), num_visual_tokens=number)
+    states = opened.model.get_input_embeddings()(prompt.inputs["input_ids"])
+    with torch.no_grad():
+        tokens = opened.model.model.tokens_of(prompt.inputs["pixel_values"], number)
+        states = states.masked_scatter(
+            (prompt.inputs["input_ids"] == opened.model.config.image_token_id)[..., None], tokens
+        )
+    given = {"inputs_embeds": states, "attention_mask": prompt.inputs["attention_mask"]}
+    expected = opened.model.generate(**given, num_beams=3, max_new_tokens=6, do_sample=False)[0]
+    answer = opened.answer(seen(count), num_visual_tokens=number, num_beams=3, max_new_tokens=6)
+    assert answer.text == opened.tokenizer.decode(expected, skip_special_tokens=True).strip()
+
+
+def test_pictures_are_seen_beside_embeddings_too() -> None:
+    opened = backend(NAME)
+    inputs = dict(opened.lay_out(seen(2)).inputs)
+    settings: dict[str, Any] = {"max_new_tokens": 4, "do_sample": False}
+    expected = opened.model.generate(**inputs, **settings)[0, inputs["input_ids"].shape[1] :]
+    states = opened.model.get_input_embeddings()(inputs.pop("input_ids"))
+    assert torch.equal(opened.model.generate(inputs_embeds=states, **inputs, **settings)[0], expected)
 
 
 @pytest.mark.parametrize("wrong", [0, 10, -1, True])

@@ -293,7 +293,14 @@ def to_half_and_back(module: "QueryTransformer") -> None:
     module.half().float()
 
 
-@pytest.mark.parametrize("change", [changed_in_place, an_optimiser_step, other_weights, to_half_and_back])
+def another_parameter_in_the_same_place(module: "QueryTransformer") -> None:
+    module.query = nn.Parameter(module.query.data.mul_(-3).detach())
+
+
+CHANGES = [changed_in_place, an_optimiser_step, other_weights, to_half_and_back, another_parameter_in_the_same_place]
+
+
+@pytest.mark.parametrize("change", CHANGES)
 def test_what_was_computed_from_old_weights_is_not_used(change: Any) -> None:
     module, seen = drawn(), pictures()
     before = folded(module, seen)

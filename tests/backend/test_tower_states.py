@@ -261,6 +261,26 @@ def test_towers_of_unequal_layers_are_refused() -> None:
         tower_around(convolutions, eyes())
 
 
+def test_towers_around_one_model_wait_for_each_other() -> None:
+    from concurrent.futures import ThreadPoolExecutor
+
+    from qr_integrations.backend.tower_states import tower_around
+
+    model, processor = random_eyes("ViT"), eyes()
+    expected = read(tower_around(model, processor))
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(lambda _: read(tower_around(model, processor)), range(32)))
+    assert all(torch.equal(one, other) for several in found for one, other in zip(several, expected, strict=True))
+
+
+def test_files_are_not_opened_beyond_the_usual_limit(tmp_path: Path) -> None:
+    from qr_integrations.errors import InputError
+
+    Image.new("1", (12_000, 6_000)).save(path := tmp_path / "huge.png")
+    with pytest.raises(InputError, match="12000 x 6000 pixels, 1 to 64000000 are allowed"):
+        next(around("ViT").states([path]))
+
+
 def test_a_batch_must_hold_a_picture() -> None:
     from qr_integrations.errors import InputError
 

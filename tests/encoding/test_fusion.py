@@ -259,6 +259,13 @@ def test_prompts_in_a_batch_are_read_as_alone(model: Any, make: Any) -> None:
 
 
 @each_internal
+def test_what_is_passed_by_position_counts_as_well(model: Any, make: Any) -> None:
+    made, given = make(model).model, inputs(2, padding=3)
+    by_position = made(given["input_ids"], given["pixel_values"], given["attention_mask"]).last_hidden_state
+    assert torch.equal(by_position[:, 3:], made(**given).last_hidden_state[:, 3:])
+
+
+@each_internal
 def test_text_is_read_as_by_the_model_it_was_made_of(model: Any, make: Any) -> None:
     made = make(model)
     made(**inputs(1))
@@ -316,6 +323,27 @@ def test_a_gradient_reaches_every_new_weight(model: Any) -> None:
             randomize(projector.fuser, 0.3)
         made(**inputs(), labels=inputs()["input_ids"]).loss.backward()
         assert all(p.grad is not None and bool(p.grad.abs().sum() > 0) for p in projector.parameters())
+
+
+def test_gradient_checkpointing_gives_the_same_gradients_or_is_refused(model: Any) -> None:
+    """Within internal modular fusion layers would be computed again without their pictures."""
+    from qr_integrations.errors import InputError
+
+    gradients = []
+    for checkpointing in (False, True):
+        made = direct(model).train()
+        projector = made.model.multi_modal_projector.requires_grad_(True)
+        if checkpointing:
+            made.gradient_checkpointing_enable({"use_reentrant": False})
+        made(**inputs(), use_cache=False).logits.square().sum().backward()
+        gradients.append([parameter.grad for parameter in projector.parameters()])
+    torch.testing.assert_close(*gradients)
+    for wiring in WIRINGS:
+        made = gated(model, wiring).train()
+        made.gradient_checkpointing_enable({"use_reentrant": False})
+        with pytest.raises(InputError, match="gradient_checkpointing_disable"):
+            made(**inputs(), use_cache=False)
+        made.eval()(**inputs())
 
 
 def test_pictures_and_text_may_be_read_one_by_one(model: Any) -> None:
@@ -445,6 +473,19 @@ def test_a_trained_language_model_travels_along(model: Any, tmp_path: Path) -> N
     before = model(**inputs()).logits
     again = load_fusion(model, tmp_path)
     assert torch.equal(made(**inputs()).logits, again(**inputs()).logits)
+    assert torch.equal(model(**inputs()).logits, before)
+
+
+def test_an_output_layer_of_its_own_travels_with_the_language_model(model: Any, tmp_path: Path) -> None:
+    from qr_integrations.encoding.fusion import load_fusion, save_fusion
+
+    made = fused(copy.deepcopy(model), "triple")
+    assert made.lm_head.weight is not made.get_input_embeddings().weight
+    with torch.no_grad():
+        made.lm_head.weight.neg_()
+    save_fusion(made, tmp_path, language_model=True)
+    before = model(**inputs()).logits
+    assert torch.equal(made(**inputs()).logits, load_fusion(model, tmp_path)(**inputs()).logits)
     assert torch.equal(model(**inputs()).logits, before)
 
 

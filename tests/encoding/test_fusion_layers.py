@@ -62,12 +62,23 @@ def test_settings_go_through_json() -> None:
         assert FusionSpec.from_dict(json.loads(json.dumps(spec.as_dict()))) == spec
 
 
+def test_layers_may_be_given_as_a_list(unchecked: None) -> None:
+    from qr_integrations.encoding.fusion_layers import FusionSpec
+
+    given: Any = [3, 9]
+    assert FusionSpec(given) == FusionSpec((3, 9)) and hash(FusionSpec(given)) == hash(FusionSpec((3, 9)))
+
+
 @pytest.mark.parametrize(
     ("settings", "cure"),
     [
         ({"layers": "most"}, "single"),
         ({"layers": ()}, "whole numbers"),
         ({"layers": (-1,)}, "whole numbers"),
+        ({"layers": 5}, "whole numbers"),
+        ({"layers": [3, "9"]}, "whole numbers"),
+        ({"final": "23"}, "whole number"),
+        ({"layers": [3, 9], "siglip_layers": True}, "triple"),
         ({"strategy": "internal"}, "internal_direct"),
         ({"wiring": "post"}, "leave it out"),
         ({"strategy": "internal_modular", "wiring": "beside"}, "parallel"),
@@ -75,7 +86,7 @@ def test_settings_go_through_json() -> None:
         ({"layers": "former", "siglip_layers": True}, "triple"),
     ],
 )
-def test_wrong_settings_are_refused_where_they_are_made(settings: dict[str, Any], cure: str) -> None:
+def test_wrong_settings_are_refused_where_they_are_made(unchecked: None, settings: dict[str, Any], cure: str) -> None:
     from qr_integrations.encoding.fusion_layers import FusionSpec
     from qr_integrations.errors import InputError
 

@@ -376,19 +376,28 @@ def test_features_are_means_and_the_patch_at_a_place(qr_mini_vl: "Backend") -> N
     torch.testing.assert_close(found.mean, patches.mean(2), rtol=1e-4, atol=1e-4)
     expected = torch.stack([patches[:, 0, 0], patches[:, 1, 15], patches[:, 2, 99]], 1)
     torch.testing.assert_close(found.at, expected, rtol=1e-4, atol=1e-4)
-    with pytest.raises(InputError, match="3 pictures and 1 places"):
-        probing().picture_features(qr_mini_vl, pictures, [(0.0, 0.0)])
+    wide = pictures[0].resize((80, 40))
+    for given, places, told in (
+        (pictures, [(0.0, 0.0)], "3 pictures and 1 places"),
+        (pictures[:1], [(30.0, 45.0)], r"\(30.0, 45.0\) is no place: pass shares"),
+        (pictures[:1], [(float("nan"), 0.5)], "is no place"),
+        ([wide], [(0.9, 0.5)], "80 x 40 pixels: cut or pad it"),
+    ):
+        with pytest.raises(InputError, match=told):
+            probing().picture_features(qr_mini_vl, given, places)
+    assert probing().picture_features(qr_mini_vl, [wide]).at is None
 
 
 def test_places_are_refused_where_they_are_not_known() -> None:
     from qr_integrations.errors import UnsupportedModelError
     from tests.backend.seeing import backend, pictures
 
+    square = pictures(3)[2]
     for family in ("llava_next", "qwen2_5_vl"):
         features = probing().picture_features(backend(family), pictures(1))
         assert features.at is None and features.mean.shape[:2] == (3, 1)
         with pytest.raises(UnsupportedModelError, match="leave out places"):
-            probing().picture_features(backend(family), pictures(1), [(0.5, 0.5)])
+            probing().picture_features(backend(family), [square], [(0.5, 0.5)])
 
 
 def test_skills_of_the_drawn_world(qr_mini_vl: "Backend") -> None:

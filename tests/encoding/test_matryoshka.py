@@ -364,6 +364,7 @@ def test_texts_are_embedded_short(text_model: str, texts: list[str]) -> None:
         cut.embed_query(texts[0]), truncate_embeddings(np.array(whole.embed_query(texts[0])), 48), atol=1e-5
     )
     assert cut.embed_documents([]) == []
+    assert TruncatedTextEncoder(Path(text_model), 48).embed_query(texts[0]) == cut.embed_query(texts[0])
 
 
 @pytest.mark.parametrize("dim", [0, 385])

@@ -110,6 +110,13 @@ def test_one_and_many_are_the_same(make: Any, scenes: list[str]) -> None:
     assert embed.get_image_embedding_batch([]) == []
 
 
+@pytest.mark.usefixtures("unchecked")
+def test_one_picture_is_no_list_of_pictures(make: Any, scenes: list[str]) -> None:
+    for one in (scenes[0], Path(scenes[0]), Image.new("RGB", (8, 8))):
+        with pytest.raises(ValueError, match=r"is no list of pictures: put it into one, \[picture\]"):
+            make().get_image_embedding_batch(one)
+
+
 async def test_async_is_the_same(make: Any, scenes: list[str]) -> None:
     embed = make(embed_batch_size=2)
     assert await embed.aget_image_embedding_batch(scenes[:5]) == embed.get_image_embedding_batch(scenes[:5])

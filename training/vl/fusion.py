@@ -27,6 +27,7 @@ from transformers import LlavaForConditionalGeneration
 from qr_integrations.bundled import bundled_path
 from qr_integrations.encoding.fusion import fuse, pictures_at, save_fusion
 from qr_integrations.encoding.fusion_layers import SETS, FusionSpec
+from qr_integrations.errors import InputError
 from qr_integrations.evaluation.drawn_world.held_out import SHARES
 from qr_integrations.evaluation.statistics import Estimate, difference, interval
 
@@ -159,11 +160,19 @@ class Course:
         base: of the model to start from.
         steps, pictures: of a cell, and in each of its steps.
         scenes: held out, to measure on.
+
+    Raises:
+        InputError: the folder holds cells with other numbers, which cannot be compared.
     """
 
     def __init__(self, folder: Path, base: Path, steps: int, pictures: int, scenes: int) -> None:
         self.folder, self.base, self.scenes = folder, base, scenes
         self.stage = Stage("", steps=steps, pictures=pictures, rate=1e-3, tower_rate=3e-4)
+        self.numbers = {"steps": steps, "pictures": pictures, "scenes": scenes}
+        for line in self.lines():
+            others = {name: line[name] for name, own in self.numbers.items() if line.get(name, own) != own}
+            if others:
+                raise InputError(f"{self.path} holds cells with {others}: pass the same, or another folder")
         model, self.processor = load_exported(base)
         self.lessons = Lessons(model)
         folder.mkdir(parents=True, exist_ok=True)
@@ -198,7 +207,7 @@ class Course:
         model = trainer.parts.model
         save_fusion(model, self.folder / trainer.stage.name, language_model=True)
         right = right_by_scene(model.eval(), trainer.packer, self.lessons, self.scenes)
-        line = {"cell": name, "spec": spec.as_dict(), "steps": trainer.step, "train_seconds": round(trainer.spent)}
+        line = {"cell": name, "spec": spec.as_dict(), **self.numbers, "train_seconds": round(trainer.spent)}
         line |= {"loss": final_loss(self.folder / "log.jsonl", trainer.stage.name), "right": right}
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
@@ -274,10 +283,14 @@ def main() -> None:
     parser.add_argument("--hours", type=float, default=float("inf"), help="no further cell is begun after that time")
     parser.add_argument("--threads", type=int, default=2, help="torch threads")
     options = parser.parse_args()
+    cells = all_cells()
+    for beginning in options.cells:
+        if beginning != "all" and not any(name.startswith(beginning) for name in cells):
+            parser.error(f"no cell begins with {beginning!r}: write one of {', '.join(cells)}")
     torch.set_num_threads(options.threads)
     course = Course(options.out, options.base, options.steps, options.pictures, options.scenes)
     last = time.monotonic() + 3600 * options.hours
-    for name, spec in all_cells().items():
+    for name, spec in cells.items():
         wanted = "all" in options.cells or any(name.startswith(beginning) for beginning in options.cells)
         if wanted and time.monotonic() < last:
             course.run(name, spec)

@@ -66,6 +66,14 @@ def test_a_finished_cell_is_skipped_and_a_started_one_goes_on(finished: Any, bas
     assert not list(tmp_path.glob("*.safetensors"))  # only what is fused stays, in a folder of its own
 
 
+def test_cells_that_cannot_be_compared_share_no_folder(finished: Any, base: Path) -> None:
+    from qr_integrations.errors import InputError
+
+    with pytest.raises(InputError, match=r"'steps': 5.*another folder"):
+        course(finished.folder, base, steps=6)
+    assert len(course(finished.folder, base).lines()) == 2
+
+
 def test_the_tower_and_the_model_to_start_from_stay_as_they_are(finished: Any, base: Path) -> None:
     from training.vl.export import load_exported
 
@@ -153,3 +161,17 @@ def test_the_command_begins_no_cell_after_its_time(base: Path, tmp_path: Path, m
     lines = [json.loads(line)["cell"] for line in (tmp_path / "cells.jsonl").read_text().splitlines()]
     assert lines == ["layer own", "linear single"]
     assert "| linear single |" in (tmp_path / "tables.md").read_text()
+
+
+def test_cells_that_there_are_not_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import sys
+
+    from training.vl.fusion import main
+
+    monkeypatch.setattr(sys, "argv", ["fusion", "--out", str(tmp_path / "out"), "--cells", "layer own", "sideways"])
+    with pytest.raises(SystemExit):
+        main()
+    assert "no cell begins with 'sideways': write one of layer own" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
