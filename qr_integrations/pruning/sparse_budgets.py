@@ -23,19 +23,27 @@ _LAYERS = {"1.0": (*PUBLISHED_LAYERS, 19), "1.5": PUBLISHED_LAYERS, "2.0": PUBLI
 _RECYCLED, _PER_CLUSTER = 0.3, 10
 
 
-def scaled_layers(version: str, num_layers: int) -> tuple[int, ...]:
+def scaled_layers(version: str, num_layers: int, first: int | None = None) -> tuple[int, ...]:
     """The published layers, moved to the same shares of another depth; never the last layer, no layer twice.
 
-    After layer 2 of 32, 3/32 of the model have read everything; of 8 layers that is nearest to one, which is layer 0.
+    From 8 layers on, three read everything, as published: what words and pictures have to do with each
+    other must have been found before it can decide. On qr-mini-vl of 8 layers, cuts after layers 2, 3 and 4 do better
+    than as many tokens drawn at random, cuts after layers 0, 1 and 3 worse.
+
+    Args:
+        version: of the method.
+        num_layers: depth of the language model.
+        first: the first cut comes after this layer, where so few tokens are wanted that it must come earlier.
 
     Example:
-        >>> scaled_layers("1.5", 32), scaled_layers("1.5", 28), scaled_layers("1.5", 8)
-        ((2, 6, 15), (2, 5, 13), (0, 1, 3))
+        >>> scaled_layers("1.5", 32), scaled_layers("1.5", 28), scaled_layers("1.5", 8), scaled_layers("1.5", 8, 0)
+        ((2, 6, 15), (2, 5, 13), (2, 3, 4), (0, 1, 3))
     """
     layers: list[int] = []
     for published in _LAYERS[version]:
         nearest = math.floor((published + 1) * num_layers / PUBLISHED_DEPTH + 0.5) - 1
-        layers.append(max(nearest, layers[-1] + 1 if layers else 0))
+        earliest = layers[-1] + 1 if layers else min(PUBLISHED_LAYERS[0], max(0, num_layers - 2) // 3)
+        layers.append(max(nearest, earliest) if layers or first is None else first)
     return tuple(layer for layer in layers if layer < num_layers - 1)
 
 

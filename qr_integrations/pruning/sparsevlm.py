@@ -5,7 +5,7 @@ arXiv 2410.04417; the authors' code is Gumpest/SparseVLMs, read at 26a5f48.
 Legend: B prompts, T tokens, D width, H heads, r raters, n visual tokens of a prompt, k of them kept, K merged.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -55,7 +55,8 @@ class SparseVLM:
             what rotary positions give to near tokens, only `heads` heads count, nothing is recycled, tokens keep their
             positions. ``"1.0"``: as 1.5, but the rank of the raters' attention says how many tokens stay.
         layers: after which tokens go, counted from 0. None: 2, 6 and 15 of 32 (version 1.0 also 19), and the same
-            shares of other depths. The authors cut after the same layers of 40: pass ``layers=(2, 6, 15)``.
+            shares of other depths, but none before layer 2; earlier only where `keep` asks for so few that it must be.
+            The authors cut after the same layers of 40: pass ``layers=(2, 6, 15)``.
         budgets: tokens kept per view after each layer, in the place of `keep`.
         recycle: merge the best of the dropped tokens into a few (density-peak clustering). None: as the version does.
         heads: version 2.0: how many heads are heard, 14 as published for models of 28; all where there are fewer, which
@@ -165,7 +166,7 @@ class SparseVLM:
             InputError: nothing stands behind the last picture.
         """
         depth, prompts = backend.config.num_hidden_layers, range(len(seen.mask))
-        layers = self.layers_of(depth)
+        layers = self._layers_for(depth, {len(view) for prompt in prompts for view in seen.views_of(prompt)})
         budgets = [self._budgets_of_prompt(seen, prompt, layers, depth) for prompt in prompts]
         raters = [_raters(seen, prompt) for prompt in prompts]
         by_budget = any(min(one) < whole for one, whole in zip(budgets, seen.visual.sum(-1).tolist(), strict=True))
@@ -181,6 +182,21 @@ class SparseVLM:
             noise=None if self.noise_seed is None else _Draws(self.noise_seed),
             record=SparseRecord(type(self).__name__, raters=_as_tuples(raters), num_layers=depth),
         )
+
+    def _layers_for(self, num_layers: int, sizes: Collection[int]) -> tuple[int, ...]:
+        """The layers for views of so many tokens: the usual ones, or the first cut earlier where `keep` is too few."""
+        usual = self.layers_of(num_layers)
+        if self.layers is not None or self.version == "1.0":
+            return usual
+        earlier = [scaled_layers(self.version, num_layers, first) for first in reversed(range(usual[0]))]
+        for layers in [usual, *earlier]:
+            try:
+                for size in sizes:
+                    self.budgets_of(size, layers, num_layers)
+            except InputError:
+                continue
+            return layers
+        return earlier[-1] if earlier else usual  # says when it is used what is too few
 
     def _budgets_of_prompt(
         self, seen: Embedded, prompt: int, layers: tuple[int, ...], num_layers: int
@@ -198,7 +214,9 @@ class SparseVLM:
         if self.version == "1.0":
             scale, bias = self.rank_rule or RANK_RULES[num_kept(self.keep, PUBLISHED_TOKENS)]
             rank = int(torch.linalg.matrix_rank(attention.mean(0)))
-            budget = whole if rank == whole else int(rank * scale + bias)
+            if rank == whole:
+                return whole
+            budget = int(rank * scale + bias)
         return max(1, min(budget, whole - self.always_drop))
 
 

@@ -50,7 +50,7 @@ def test_the_mean_is_what_was_asked_for(num_tokens: int, depth: int, version: st
     assert whole == (num_tokens,) * len(layers)
 
 
-@pytest.mark.parametrize(("depth", "layers"), [(32, (2, 6, 15)), (40, (3, 8, 19)), (24, (1, 4, 11)), (8, (0, 1, 3))])
+@pytest.mark.parametrize(("depth", "layers"), [(32, (2, 6, 15)), (40, (3, 8, 19)), (24, (2, 4, 11)), (8, (2, 3, 4))])
 def test_layers_move_with_the_depth(depth: int, layers: tuple[int, ...]) -> None:
     from qr_integrations.pruning.sparse_budgets import scaled_layers
 

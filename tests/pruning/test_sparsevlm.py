@@ -353,3 +353,16 @@ def test_numbers_that_are_none_choose_nothing() -> None:
     broken: list[Tensor] = [rows * torch.nan for rows in attention]
     with pytest.raises(ScoreError, match="load the model with dtype"):
         watched.pruning.after(watched.layers[0], now, broken)
+
+
+@pytest.mark.parametrize(("keep", "layers"), [(0.5, (2, 3, 4)), (0.33, (2, 3, 4)), (0.2, (1, 2, 3)), (0.1, (0, 1, 3))])
+def test_the_first_cut_comes_earlier_only_where_it_must(qr_mini_vl: Any, keep: float, layers: tuple[int, ...]) -> None:
+    from PIL import Image
+
+    from qr_integrations.pruning import SparseVLM
+    from qr_integrations.types import Message
+
+    asked = [Message.user(Image.effect_noise((300, 200), 90).convert("RGB"), "what color is the box ?")]
+    record = qr_mini_vl.answer(asked, prune=SparseVLM(keep=keep), max_new_tokens=1).steps["prune"]
+    assert tuple(stage.layer for stage in record.stages) == layers
+    assert record.mean_tokens == pytest.approx(100 * keep, abs=1)
