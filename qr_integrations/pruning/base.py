@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from qr_integrations.backend.visual_tokens import Embedded, Left
+from qr_integrations.backend.visual_tokens import NOT_VISUAL, Embedded, Left
 from qr_integrations.errors import InputError, ScoreError
 
 Positions = Literal["auto", "compact", "kept"]
@@ -93,17 +93,21 @@ class KeptCells:
     Attributes:
         picture, view: their numbers in the batch.
         cells: those that stayed, row by row, ascending.
-        of: how many the view had just before.
+        of: how many tokens the view had just before, merged ones included.
+        merged_before: how many tokens stayed that an earlier stage had merged; they show no single cell.
     """
 
     picture: int
     view: int
     cells: tuple[int, ...]
     of: int
+    merged_before: int = 0
 
     def as_dict(self) -> dict[str, Any]:
-        """``{"picture", "view", "cells", "of"}``."""
-        return {"picture": self.picture, "view": self.view, "cells": list(self.cells), "of": self.of}
+        """``{"picture", "view", "cells", "of", "merged_before"}``."""
+        cells = list(self.cells)
+        told = {"picture": self.picture, "view": self.view, "cells": cells, "of": self.of}
+        return told | {"merged_before": self.merged_before}
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +117,7 @@ class PruneStage:
     Attributes:
         layer: after which layer of the language model, counted from 0; None: before the first.
         views: what was left of each view of a picture.
-        merged: how many tokens were made out of dropped ones.
+        merged: how many of the tokens that are left were made out of dropped ones, in this stage or an earlier one.
     """
 
     layer: int | None
@@ -122,13 +126,18 @@ class PruneStage:
 
     @property
     def kept(self) -> int:
-        """How many visual tokens stayed, merged ones left out."""
+        """How many visual tokens stayed, merged ones left out; with `merged`, all that are left."""
         return sum(len(view.cells) for view in self.views)
 
     @property
     def of(self) -> int:
-        """How many visual tokens there were just before."""
+        """How many visual tokens there were just before, merged ones included."""
         return sum(view.of for view in self.views)
+
+    @property
+    def merged_before(self) -> int:
+        """How many of `merged` an earlier stage had made; `of` less these and `kept` is what was dropped here."""
+        return sum(view.merged_before for view in self.views)
 
     def as_dict(self) -> dict[str, Any]:
         """``{"layer", "kept", "of", "merged", "views"}``."""
@@ -156,9 +165,11 @@ class PruneRecord:
             stays[kept] = True
             for places in now.views_of(prompt):
                 picture, view = int(now.picture[prompt, places[0]]), int(now.view[prompt, places[0]])
-                cells = now.cell[prompt, places[stays[places]]].sort().values.tolist()
-                views.append(KeptCells(picture, view, tuple(cells), len(places)))
-        merged = 0 if left.merged is None else sum(len(one) for one in left.merged)
+                stayed = places[stays[places]]
+                own = stayed[now.source[prompt, stayed] != NOT_VISUAL]
+                cells = now.cell[prompt, own].sort().values.tolist()
+                views.append(KeptCells(picture, view, tuple(cells), len(places), len(stayed) - len(own)))
+        merged = sum(view.merged_before for view in views) + sum(len(one) for one in left.merged or ())
         self.stages.append(PruneStage(layer, tuple(views), merged))
 
     def as_dict(self) -> dict[str, Any]:

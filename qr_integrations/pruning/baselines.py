@@ -39,7 +39,7 @@ class RandomTokens:
 
     Args:
         keep: tokens per view, or a share of them in (0, 1].
-        seed: every prompt begins with it anew, so that a prompt keeps the same tokens alone and in a batch.
+        seed: from 0; every prompt begins with it anew, so that a prompt keeps the same tokens alone and in a batch.
         positions: see `CDPruner`.
 
     Raises:
@@ -53,6 +53,8 @@ class RandomTokens:
     def __post_init__(self) -> None:
         check_keep(self.keep)
         check_positions(self.positions)
+        if not isinstance(self.seed, int) or isinstance(self.seed, bool) or not 0 <= self.seed < 2**63:
+            raise InputError(f"seed={self.seed!r} cannot be: pass a whole number from 0 to 2**63 - 1")
 
     def start(self, backend: Any, seen: Embedded) -> ChosenBefore:
         """Choose what the language model reads."""
@@ -210,11 +212,13 @@ def _chosen(method: str, seen: Embedded, choose: Choice, positions: Positions) -
 def evenly_spread(rows: int, columns: int, num: int) -> list[int]:
     """Cells of a grid, row by row: about as many rows as columns of them, each in the middle of its share.
 
+    No more rows are used than there are cells to choose.
+
     Example:
         >>> evenly_spread(4, 4, 4)
         [5, 7, 13, 15]
     """
-    lines = min(rows, max(1, round(math.sqrt(num * rows / columns)), math.ceil(num / columns)))
+    lines = min(rows, num, max(1, round(math.sqrt(num * rows / columns)), math.ceil(num / columns)))
     cells = []
     for line in range(lines):
         row = (2 * line + 1) * rows // (2 * lines)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from qr_integrations.backend.clip_text import clip_text, tower_norm
 from qr_integrations.backend.picture_families import picture_family
-from qr_integrations.backend.visual_tokens import Embedded
+from qr_integrations.backend.visual_tokens import NOT_VISUAL, Embedded
 from qr_integrations.errors import InputError, UnsupportedModelError
 from qr_integrations.pruning.base import (
     ChosenBefore,
@@ -43,7 +43,9 @@ class CDPruner:
         keep: tokens per view, or a share of them in (0, 1]. Published: 128, 64 or 32 of 576.
         relevance: ``"clip"``: cosines of patches and question in the space of CLIP, as published, for models whose
             tower is CLIP's; ``"language"``: cosines of visual tokens and the embeddings of the question's words; None:
-            diversity alone. ``"auto"`` is ``"clip"`` with a `text_encoder`, else ``"language"``.
+            diversity alone. ``"auto"`` is ``"clip"`` with a `text_encoder`, else ``"language"``. Where the question is
+            not known or empty, ``"language"`` takes the words behind the picture, and diversity alone where there are
+            none.
         text_encoder: folder or hub id of the CLIP model that the tower was taken from, in safetensors;
             ``"openai/clip-vit-large-patch14-336"`` for LLaVA-1.5 and LLaVA-NeXT. Loaded when it is first needed.
         sign: -1 makes what is least similar most relevant, as the authors found to be right for CLIP; 1 what is most
@@ -65,7 +67,7 @@ class CDPruner:
     86.8 % with ``relevance=None``, 82.5 % with tokens drawn at random and 85.6 % with all. Hence 0.5.
 
     Raises:
-        InputError: a setting out of range.
+        InputError: a setting out of range or of the wrong type.
     """
 
     keep: int | float
@@ -81,22 +83,30 @@ class CDPruner:
         check_positions(self.positions)
         if self.relevance not in ("auto", "clip", "language", None):
             raise InputError(f"unknown relevance {self.relevance!r}: pass 'auto', 'clip', 'language' or None")
+        if not (self.text_encoder is None or (isinstance(self.text_encoder, str) and self.text_encoder)):
+            raise InputError(
+                f"text_encoder={self.text_encoder!r} cannot be: pass a folder or hub id as a string, such as "
+                "'openai/clip-vit-large-patch14-336', or None"
+            )
         if self.relevance == "clip" and self.text_encoder is None:
             raise InputError(
                 "relevance='clip' needs the text encoder that belongs to the vision tower: pass "
                 "text_encoder='openai/clip-vit-large-patch14-336' for LLaVA-1.5 and LLaVA-NeXT"
             )
-        if self.sign not in (-1, 1, None):
+        if not (self.sign is None or (type(self.sign) is int and self.sign in (-1, 1))):
             raise InputError(f"sign={self.sign!r} cannot be: pass -1, 1 or None")
-        if not (self.theta in ("auto", None) or (isinstance(self.theta, int | float) and 0 <= self.theta < 1)):
+        is_share = isinstance(self.theta, int | float) and not isinstance(self.theta, bool) and 0 <= self.theta < 1
+        if not (is_share or self.theta in ("auto", None)):
             raise InputError(f"theta={self.theta!r} cannot be: pass 0 or more and less than 1, None or 'auto'")
+        if not isinstance(self.published, bool):
+            raise InputError(f"published={self.published!r} cannot be: pass True or False")
 
     def start(self, backend: Any, seen: Embedded) -> ChosenBefore:
         """Choose what the language model reads.
 
         Raises:
             UnsupportedModelError: ``"clip"`` for a model whose tower is not of the text encoder's CLIP.
-            ScoreError: features of NaN or infinity.
+            ScoreError: features, or their cosines with the question, of NaN or infinity.
         """
         views = [_View(prompt, places) for prompt in range(len(seen.mask)) for places in seen.views_of(prompt)]
         if not views or all(num_kept(self.keep, len(view.places)) == len(view.places) for view in views):
@@ -108,21 +118,25 @@ class CDPruner:
         return choose_before("CDPruner", seen, _of_prompts(seen, chosen), self.positions)
 
     def _relevance(self, backend: Any, seen: Embedded, views: Sequence["_View"]) -> list[Tensor]:
+        found = [torch.ones(len(view.places), device=seen.states.device) for view in views]
         if self.relevance is None:
-            return [torch.ones(len(view.places), device=seen.states.device) for view in views]
+            return found
         by_clip = self.relevance == "clip" or (self.relevance == "auto" and self.text_encoder is not None)
         cosines = (self._clip_cosines if by_clip else self._language_cosines)(backend, seen, views)
         sign = self.sign or (-1 if by_clip else 1)
         theta = self.theta if self.theta != "auto" else None if by_clip else _THETA
-        if self.published:
-            return relevance_of(cosines, sign=sign, theta=theta, published=True)
-        found: list[Tensor] = []
-        of_views = zip(views, cosines, strict=True)
-        for _, of_picture in groupby(of_views, key=lambda pair: int(pair[0].of(seen.picture)[0])):
-            found += relevance_of([one for _, one in of_picture], sign=sign, theta=theta)
+        for one in cosines.values():
+            check_finite(one, "cosines of picture and question")
+        scope = [0 if self.published else int(view.of(seen.picture)[0]) for view in views]
+        for _, numbers in groupby(cosines, key=scope.__getitem__):
+            some = list(numbers)
+            together = relevance_of([cosines[one] for one in some], sign=sign, theta=theta, published=self.published)
+            for number, relevance in zip(some, together, strict=True):
+                found[number] = relevance
         return found
 
-    def _clip_cosines(self, backend: Any, seen: Embedded, views: Sequence["_View"]) -> list[Tensor]:
+    def _clip_cosines(self, backend: Any, seen: Embedded, views: Sequence["_View"]) -> dict[int, Tensor]:
+        """By the number of the view."""
         assert self.text_encoder is not None
         if seen.tower is None or not picture_family(backend.model.config).has_places:
             raise UnsupportedModelError(
@@ -134,13 +148,16 @@ class CDPruner:
         texts = [encoder.texts(question, published=self.published) for question in seen.questions]
         if self.published:
             texts = [torch.cat(texts)] * len(texts)
-        return [mean_cosine(encoder.patches(view.patches(seen), norm), texts[view.prompt]) for view in views]
+        cosines = [mean_cosine(encoder.patches(view.patches(seen), norm), texts[view.prompt]) for view in views]
+        return dict(enumerate(cosines))
 
-    def _language_cosines(self, backend: Any, seen: Embedded, views: Sequence["_View"]) -> list[Tensor]:
+    def _language_cosines(self, backend: Any, seen: Embedded, views: Sequence["_View"]) -> dict[int, Tensor]:
+        """By the number of the view; none for those about which nothing is asked."""
         words = [_words(backend, seen, prompt) for prompt in range(len(seen.mask))]
         if self.published:
             words = [torch.cat(words)] * len(words)
-        return [mean_cosine(view.of(seen.states), words[view.prompt]) for view in views]
+        asked = [number for number, view in enumerate(views) if len(words[view.prompt])]
+        return {number: mean_cosine(views[number].of(seen.states), words[views[number].prompt]) for number in asked}
 
     def _chosen(self, seen: Embedded, view: "_View", relevance: Float[Tensor, " N"]) -> "_View":
         features = view.of(seen.states)
@@ -181,7 +198,7 @@ class _View:
 
 
 def _words(backend: Any, seen: Embedded, prompt: int) -> Tensor:
-    """Embeddings of the question; where it is not known, or empty, of what stands behind the picture."""
+    """Embeddings of the question; where it is not known, or empty, of the words behind the picture, if any."""
     embed = backend.model.get_input_embeddings()
     ids: list[int] = []
     if seen.questions:
@@ -189,7 +206,8 @@ def _words(backend: Any, seen: Embedded, prompt: int) -> Tensor:
     if ids:
         words: Tensor = embed(torch.tensor(ids, device=seen.states.device))
         return words
-    return seen.states[prompt, seen.words_behind(prompt)]
+    behind = seen.words_behind(prompt)
+    return seen.states[prompt, behind[seen.picture[prompt, behind] == NOT_VISUAL]]  # ends of lines are no words
 
 
 def _of_prompts(seen: Embedded, views: Sequence[_View]) -> list[Tensor]:

@@ -13,7 +13,10 @@ _EPSILON = 1e-6
 
 
 def mean_cosine(tokens: Shaped[Tensor, "N D"], texts: Shaped[Tensor, "M D"]) -> Float[Tensor, " N"]:
-    """The mean of each token's cosines with all texts, in fp32; vectors of zeros have the cosine 0."""
+    """The mean of each token's cosines with all texts, in fp32; vectors of zeros have the cosine 0.
+
+    There must be at least one text: the mean of none is NaN.
+    """
     with_N, with_M = (torch.nn.functional.normalize(some.float(), dim=-1) for some in (tokens, texts))
     return (with_N @ with_M.T).mean(-1)
 

@@ -36,11 +36,26 @@ def test_chance_begins_anew_with_each_prompt() -> None:
     assert len(set(kept([30])[0])) == 5
 
 
-@pytest.mark.parametrize(("rows", "columns"), [(10, 10), (4, 9), (9, 4), (1, 7), (24, 24)])
+@pytest.mark.parametrize(("rows", "columns"), [(10, 10), (4, 9), (9, 4), (1, 7), (40, 3), (24, 24)])
 def test_spread_cells_are_distinct_and_as_many_as_asked_for(rows: int, columns: int) -> None:
     for num in range(1, rows * columns + 1):
         spread = evenly_spread(rows, columns, num)
         assert len(set(spread)) == num and set(spread) <= set(range(rows * columns))
+
+
+@pytest.mark.parametrize(
+    ("rows", "columns", "num", "places"),
+    [
+        (100, 4, 1, [(50, 2)]),
+        (40, 4, 2, [(10, 2), (30, 2)]),
+        (4, 100, 1, [(2, 50)]),
+        (90, 3, 3, [(15, 1), (45, 1), (75, 1)]),
+    ],
+)
+def test_few_cells_of_a_long_grid_stand_in_the_middle_of_their_shares(
+    rows: int, columns: int, num: int, places: list[tuple[int, int]]
+) -> None:
+    assert [divmod(cell, columns) for cell in evenly_spread(rows, columns, num)] == places
 
 
 def test_spread_cells_are_far_from_each_other() -> None:
@@ -108,7 +123,17 @@ def test_a_padded_batch_is_read_at_its_own_last_tokens() -> None:
     assert cells(batch) == [view for one in asked for view in cells(read(opened, one, pruner))]
 
 
-@pytest.mark.parametrize("wrong", [-1, True, 1.5])
+@pytest.mark.parametrize("wrong", [-1, True, 1.5, "x", None, [0], 2**63])
+def test_what_is_no_seed_is_refused(wrong: Any, unchecked: None) -> None:
+    with pytest.raises(InputError, match=r"seed=.* cannot be: pass a whole number from 0 to 2\*\*63 - 1"):
+        RandomTokens(4, seed=wrong)
+
+
+def test_the_largest_seed_draws() -> None:
+    assert RandomTokens(5, 2**63 - 1).start(None, prompts([30])).record.stages[0].kept == 5
+
+
+@pytest.mark.parametrize("wrong", [-1, True, 1.5, "a", "2", None, [2]])
 def test_what_is_no_layer_is_refused(wrong: Any, unchecked: None) -> None:
     with pytest.raises(InputError, match="pass the number of a layer"):
         LastTokenAttention(4, layer=wrong)

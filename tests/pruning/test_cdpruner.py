@@ -100,7 +100,9 @@ def test_relevance_does_not_depend_on_scale_and_offset() -> None:
     torch.testing.assert_close(relevance_of([-cosines], sign=-1)[0], plain)
     torch.testing.assert_close(relevance_of([cosines], theta=0.0)[0], torch.ones_like(cosines))
     strong = relevance_of([cosines], theta=0.9)[0]
-    assert strong.argsort().tolist() == cosines.argsort().tolist() and strong.max() == pytest.approx(np.exp(4.5), rel=1e-3)
+    assert strong.argsort().tolist() == cosines.argsort().tolist() and strong.max() == pytest.approx(
+        np.exp(4.5), rel=1e-3
+    )
 
 
 def test_views_that_are_given_together_share_their_range() -> None:
@@ -133,6 +135,57 @@ def test_an_unknown_question_is_read_from_behind_the_picture() -> None:
     shown = prompts([12], features=[features])
     shown.states[0, 4] = shown.states[0, -2:].sum(0)
     assert CDPruner(1, sign=1).start(opened, shown).record.stages[0].views[0].cells == (3,)
+
+
+@pytest.mark.parametrize("published", [False, True])
+@pytest.mark.parametrize("questions", [(), ("",)])
+def test_where_nothing_is_asked_diversity_alone_decides(questions: tuple[str, ...], published: bool) -> None:
+    opened = backend("llava")
+    width = opened.model.config.text_config.hidden_size
+    features = torch.randn(12, width, generator=torch.Generator().manual_seed(0))
+    shown = prompts([12], words=1, features=[features], questions=questions)
+    assert len(shown.words_behind(0)) == 0
+    found = CDPruner(5, relevance="language", published=published).start(opened, shown).record.stages[0]
+    alone = CDPruner(5, relevance=None, published=published).start(opened, shown).record.stages[0]
+    assert found.kept == 5 and found.views == alone.views
+
+
+def test_ends_of_lines_behind_the_last_cell_ask_nothing() -> None:
+    opened = backend("llava")
+    width = opened.model.config.text_config.hidden_size
+    features = torch.randn(12, width, generator=torch.Generator().manual_seed(0))
+    shown = prompts([12], words=2, features=[features])
+    shown.states[0, -1] = features[5]
+    shown.picture[0, -1] = 0
+    assert (
+        CDPruner(3, sign=1, theta=None).start(opened, shown).record
+        == CDPruner(3, relevance=None).start(opened, shown).record
+    )
+
+
+def test_a_prompt_that_asks_nothing_leaves_the_others_alone() -> None:
+    opened, generator = backend("llava"), torch.Generator().manual_seed(3)
+    width = opened.model.config.text_config.hidden_size
+    features = [torch.randn(20, width, generator=generator) for _ in range(2)]
+    both = prompts([20, 20], words=1, features=features, questions=("", "red"))
+    silent = prompts([20], words=1, features=features[:1])
+    asked = prompts([20], words=1, features=features[1:], questions=("red",))
+    pruner = CDPruner(6, theta=0.9)
+    kept = [view.cells for view in pruner.start(opened, both).record.stages[0].views]
+    alone = [pruner.start(opened, one).record.stages[0].views[0].cells for one in (silent, asked)]
+    assert (
+        kept == alone and alone[1] != CDPruner(6, relevance=None).start(opened, asked).record.stages[0].views[0].cells
+    )
+
+
+def test_a_question_of_broken_embeddings_is_refused() -> None:
+    opened = fresh("llava")
+    words = opened.model.get_input_embeddings().weight
+    with torch.no_grad():
+        words[opened.tokenizer("red", add_special_tokens=False).input_ids] = float("nan")
+    shown = prompts([12], features=[torch.randn(12, words.shape[1])], questions=("red",))
+    with pytest.raises(ScoreError, match="cosines of picture and question hold NaN"):
+        CDPruner(4).start(opened, shown)
 
 
 def test_pictures_do_not_influence_each_other_unless_published() -> None:
@@ -342,19 +395,3 @@ def test_clip_of_another_width_says_so(clip: str, qr_mini_vl: Backend) -> None:
 def test_what_is_no_clip_is_refused(name: str) -> None:
     with pytest.raises(LoadError, match=r"pass (a folder|the CLIP model)"):
         read(backend("llava"), seen(1), CDPruner(2, text_encoder=name))
-
-
-@pytest.mark.parametrize(
-    ("wrong", "cure"),
-    [
-        ({"relevance": "clip"}, "text_encoder='openai/clip-vit-large-patch14-336'"),
-        ({"relevance": "colour"}, "pass 'auto', 'clip', 'language' or None"),
-        ({"sign": 0}, "pass -1, 1 or None"),
-        ({"theta": 1.0}, "pass 0 or more and less than 1"),
-        ({"theta": -0.1}, "pass 0 or more and less than 1"),
-        ({"positions": "new"}, "pass 'auto', 'compact' or 'kept'"),
-    ],
-)
-def test_wrong_settings_are_refused(wrong: dict[str, Any], cure: str, unchecked: None) -> None:
-    with pytest.raises(InputError, match=cure):
-        CDPruner(4, **wrong)
