@@ -12,7 +12,7 @@ from PIL import Image
 from pydantic import AliasChoices, ConfigDict, Field
 
 from qr_integrations.errors import InputError
-from qr_integrations.images import PictureSource
+from qr_integrations.images import PictureSource, check_several
 from qr_integrations.model_settings import PictureSettings
 
 if TYPE_CHECKING:
@@ -21,17 +21,6 @@ if TYPE_CHECKING:
 SETTINGS = ConfigDict(
     extra="forbid", arbitrary_types_allowed=True, validate_assignment=True, protected_namespaces=()
 )  # a typo is an error
-
-
-def check_several(sources: Any) -> None:
-    """Whether this is a list of pictures, or something like it.
-
-    Raises:
-        InputError: it is one picture, or can be read once only.
-    """
-    alone = isinstance(sources, str | bytes | bytearray | memoryview) or getattr(sources, "ndim", 4) < 4
-    if alone or not (hasattr(sources, "__len__") and hasattr(sources, "__getitem__")):
-        raise InputError(f"a {type(sources).__name__} is no list of pictures: put it into one, [picture]")
 
 
 class EmbeddingSettings(PictureSettings):

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
@@ -17,10 +18,19 @@ from qr_integrations.backend.prefix import Continuation
 from qr_integrations.errors import ClosedError, HeadError, InputError, LoadError, UnsupportedModelError
 
 _PATIENCE = 0.1  # seconds
+_locks: WeakKeyDictionary[nn.Module, Any] = WeakKeyDictionary()
+_looking_up = threading.Lock()
+
+
+def lock_of(model: nn.Module) -> Any:
+    """The reentrant lock of a model: the same one for everything that is opened around this object."""
+    with _looking_up:
+        return _locks.setdefault(model, threading.RLock())
 
 
 class OpenedModel:
-    """What stands still: a model, its tokenizer, its processor if it sees pictures, and one lock for all passes."""
+    """What stands still: a model, its tokenizer, its processor if it sees pictures, and one lock for all passes
+    through the model, shared with whatever else is opened around it."""
 
     def __init__(
         self,
@@ -34,7 +44,7 @@ class OpenedModel:
         self._model: PreTrainedModel | None = model
         self.tokenizer = tokenizer
         self._processor = processor
-        self._lock = threading.RLock()
+        self._lock = lock_of(model)
         self._attention_layers: dict[int, AttentionLayer] | None = None
         self._continuations: dict[int, Continuation] = {}
 
@@ -146,7 +156,7 @@ class OpenedModel:
     @property
     def held(self) -> bool:
         """Whether this thread holds the model."""
-        owned: bool = self._lock._is_owned()  # type: ignore[attr-defined]
+        owned: bool = self._lock._is_owned()
         return owned
 
     def check_heads(self, heads: Sequence[tuple[int, int]]) -> None:

@@ -126,12 +126,7 @@ class QueryTransformer(nn.Module):
         Raises:
             InputError: another number of patches than N, or of tokens than 1 to M.
         """
-        count = self.check_num_tokens(num_tokens)
-        if patches.shape[1] != self.num_patches:
-            raise InputError(
-                f"{patches.shape[1]} patches do not fit a query transformer made for {self.num_patches}: pass pictures "
-                "at the resolution it was trained with"
-            )
+        count = self._checked(patches, num_tokens)
         if torch.is_grad_enabled() and any(one.requires_grad for one in self.parameters()):
             return self.plain(patches, count)
         return self._folded(patches, count)
@@ -140,8 +135,11 @@ class QueryTransformer(nn.Module):
         """What the queries take from each picture before it is multiplied with anything: means of normed patches.
 
         The heads' attention is averaged, so that a vector keeps the tower's own space.
+
+        Raises:
+            InputError: as `forward`.
         """
-        count = self.check_num_tokens(num_tokens)
+        count = self._checked(patches, num_tokens)
         return self._constants(patches).attention[:, :count].mean(0) @ self.ln_v(patches)
 
     def plain(self, patches: Float[Tensor, "B N V"], num_tokens: int) -> Float[Tensor, "B m D"]:
@@ -162,6 +160,14 @@ class QueryTransformer(nn.Module):
         q = linear(queries, weight_q, bias_q).unflatten(-1, (heads, -1)).transpose(0, 1)
         k = linear(keys, weight_k, bias_k).unflatten(-1, (heads, -1)).transpose(0, 1)
         return (q @ k.mT / math.sqrt(q.shape[-1])).softmax(-1)
+
+    def _checked(self, patches: Tensor, num_tokens: int | None) -> int:
+        if patches.shape[1] != self.num_patches:
+            raise InputError(
+                f"{patches.shape[1]} patches do not fit a query transformer made for {self.num_patches}: pass pictures "
+                "at the resolution it was trained with"
+            )
+        return self.check_num_tokens(num_tokens)
 
     def _queries_and_keys(self, count: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         keys = stretch_table(self.pos_embed, self.side).to(self.ln_k.weight.dtype)

@@ -37,6 +37,7 @@ class Prefilled:
         token_ids, mask, positions: of what the first layer read.
         compact: whether each layer counts positions by what it holds itself.
         record: what was done.
+        held: how many tokens each layer held when the prompts had been read.
     """
 
     logits: Float[Tensor, "B V"]
@@ -46,16 +47,21 @@ class Prefilled:
     positions: Int[Tensor, "*three B T"]
     compact: bool
     record: Any
+    held: tuple[int, ...]
 
     @property
     def lengths(self) -> tuple[int, ...]:
-        """How many tokens each layer holds."""
+        """How many tokens each layer holds now."""
         return tuple(int(self.cache.get_seq_length(layer)) for layer in range(len(self.cache.layers)))
 
     def continued(self, num_beams: int = 1) -> dict[str, Any]:
-        """What ``generate`` is given to go on from the one prompt: it reads the last token again."""
-        for layer in self.cache.layers:
-            layer.keys, layer.values = layer.keys[..., :-1, :], layer.values[..., :-1, :]
+        """What ``generate`` is given to go on from the one prompt: it reads the last token again.
+
+        The cache is the only one. Each call takes out what was generated behind the prompt before.
+        """
+        for layer, length in zip(self.cache.layers, self.held, strict=True):
+            beams = len(layer.keys) // len(self.token_ids)  # of the call before: alike as far as the prompt goes
+            layer.keys, layer.values = (part[::beams, :, : length - 1] for part in (layer.keys, layer.values))
         if num_beams > 1:
             self.cache.batch_repeat_interleave(num_beams)
         return {
@@ -107,7 +113,7 @@ def prefill_pruned(
 
     Raises:
         UnsupportedModelError: a family whose pictures' tokens cannot be dropped.
-        InputError: prompts without pictures, or padded at the right.
+        InputError: prompts that are padded at the right.
     """
     family, _ = picture_family(backend.model.config), backend.attention_layers  # surveyed before there are hooks
     mask = inputs.get("attention_mask")
@@ -272,7 +278,14 @@ class _Operation:
         source = self.seen.source.clamp(min=0)
         token_ids = self.token_ids.gather(1, source).masked_fill(~self.seen.mask, self.token_ids[0, 0])
         return Prefilled(
-            logits, cache, token_ids, self.seen.mask, self.seen.positions, self.pruning.compact, self.pruning.record
+            logits,
+            cache,
+            token_ids,
+            self.seen.mask,
+            self.seen.positions,
+            self.pruning.compact,
+            self.pruning.record,
+            tuple(int(cache.get_seq_length(layer)) for layer in range(len(cache.layers))),
         )
 
 

@@ -7,18 +7,15 @@ Legend: L layers and the embeddings before them, T tokens of a batch of pictures
 """
 
 import inspect
-import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from jaxtyping import Bool, Float, Int
-from PIL import Image
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, PreTrainedConfig, PreTrainedModel
@@ -26,12 +23,11 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 
 from qr_integrations.backend.backend import Backend
 from qr_integrations.backend.loading import resolve_device, resolve_dtype, resolve_name
+from qr_integrations.backend.opened import lock_of
 from qr_integrations.errors import InputError, LoadError, UnsupportedModelError
-from qr_integrations.images import DECODED, PicturePolicy, PictureSource, open_picture
+from qr_integrations.images import PictureSource, check_several, open_numbered
 
 UNPLACED = -1
-_LOCKS: WeakKeyDictionary[nn.Module, Any] = WeakKeyDictionary()  # all towers around a model wait for each other
-_LOOKING_UP = threading.Lock()
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,20 +92,22 @@ class VisionTower:
             batch_size: pictures of one pass at most.
 
         Raises:
-            InputError: no room for a picture in a batch, or a broken picture.
+            InputError: one picture instead of several, no room for a picture in a batch, or a broken picture, with
+                its number.
             UnsupportedModelError: the tower's layers are not of one width and length.
         """
+        check_several(pictures, once=True)
         if batch_size < 1:
             raise InputError(f"batch_size={batch_size} holds no picture: pass at least 1")
         first, waiting = 0, iter(pictures)
         while some := list(islice(waiting, batch_size)):
-            for inputs, views in _joined([self._prepared(picture) for picture in some]):
+            prepared = [self._prepared(picture, number) for number, picture in enumerate(some, first)]
+            for inputs, views in _joined(prepared):
                 yield self._read(inputs, views, first)
                 first += len(views)
 
-    def _prepared(self, picture: PictureSource) -> dict[str, Tensor]:
-        policy = DECODED if isinstance(picture, Image.Image) else PicturePolicy()
-        made = self._processor(images=[open_picture(picture, policy=policy)], return_tensors="pt")
+    def _prepared(self, picture: PictureSource, number: int) -> dict[str, Tensor]:
+        made = self._processor(images=[open_numbered(picture, number)], return_tensors="pt")
         tensors = {name: value for name, value in made.items() if isinstance(value, Tensor)}
         return {name: value for name, value in tensors.items() if name in self._accepted}
 
@@ -192,11 +190,8 @@ def tower_around(model: PreTrainedModel, processor: Any, *, name: str | None = N
     """
     model = model.eval()
     tower = model.get_encoder(modality="image") if _vision_config(model.config) is not model.config else model
-    with _LOOKING_UP:
-        lock = _LOCKS.setdefault(model, threading.RLock())
-    return VisionTower(
-        name or model.config._name_or_path or type(model).__name__, tower, processor, tower, lambda: lock
-    )
+    lock, name = lock_of(model), name or model.config._name_or_path or type(model).__name__
+    return VisionTower(name, tower, processor, tower, lambda: lock)
 
 
 def _tower_inside(backend: Backend) -> VisionTower:

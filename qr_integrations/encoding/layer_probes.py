@@ -18,7 +18,7 @@ from torch import Tensor
 from qr_integrations.backend import Backend
 from qr_integrations.backend.tower_states import TowerStates, VisionTower, open_tower
 from qr_integrations.errors import InputError, ScoreError, UnsupportedModelError
-from qr_integrations.images import DECODED, PicturePolicy, PictureSource, open_picture
+from qr_integrations.images import PictureSource, check_several, open_numbered
 
 Probe = Literal["ridge", "knn"]
 
@@ -57,16 +57,17 @@ def picture_features(
         batch_size: pictures of one pass at most.
 
     Raises:
-        InputError: no pictures, not as many places, a place outside of 0 to 1, or with places a picture that is not
-            square.
+        InputError: one picture instead of several, no pictures, not as many places, a place outside of 0 to 1, a
+            broken picture, or with places one that is not square.
         UnsupportedModelError: for places, a tower that reads tiles, or patches in an order of its own.
     """
     if wrong := [place for place in places or () if not all(0 <= share <= 1 for share in place)]:
         raise InputError(f"{wrong[0]} is no place: pass shares of the width and the height, from 0 to 1")
+    check_several(pictures, once=True)
     opened = open_tower(tower)
     means: list[Tensor] = []
     found: list[Tensor] = []
-    shown = pictures if places is None else map(_square, pictures)
+    shown = pictures if places is None else (_square(one, number) for number, one in enumerate(pictures))
     for states in opened.states(shown, batch_size=batch_size):
         for one, cell in _by_picture(states):
             means.append(one.mean(1))
@@ -78,12 +79,12 @@ def picture_features(
     return PictureFeatures(torch.stack(means, 1), torch.stack(found, 1) if places is not None else None)
 
 
-def _square(source: PictureSource) -> Image.Image:
-    picture = open_picture(source, policy=DECODED if isinstance(source, Image.Image) else PicturePolicy())
+def _square(source: PictureSource, number: int) -> Image.Image:
+    picture = open_numbered(source, number)
     if picture.width != picture.height:
         raise InputError(
-            f"the patch at a place is known in square pictures only, and one has {picture.width} x {picture.height} "
-            "pixels: cut or pad it, or leave out places"
+            f"picture #{number}: the patch at a place is known in square pictures only, and this one has "
+            f"{picture.width} x {picture.height} pixels: cut or pad it, or leave out places"
         )
     return picture
 

@@ -16,14 +16,13 @@ from weakref import WeakKeyDictionary
 import numpy as np
 import torch
 from jaxtyping import Float
-from PIL import Image
 from torch import Tensor
 from torch.nn.functional import normalize
 
 from qr_integrations.backend import Backend
 from qr_integrations.backend.prompts import check_num_visual_tokens
 from qr_integrations.errors import InputError
-from qr_integrations.images import DECODED, PicturePolicy, PictureSource, open_picture
+from qr_integrations.images import PictureSource, check_several, open_numbered
 from qr_integrations.types import Message
 
 _BATCH = 16
@@ -69,7 +68,8 @@ class MQTEncoder:
             num_tokens: m; None makes all M.
 
         Raises:
-            InputError: a number that the model does not make, or a picture that cannot be opened, with its number.
+            InputError: no list, a number that the model does not make, or a picture that cannot be opened, with its
+                number.
         """
         inner = self._inner
         return self._of_each(images, lambda patches: inner.multi_modal_projector(patches, num_tokens), num_tokens)
@@ -112,6 +112,7 @@ class MQTEncoder:
         self, images: Sequence[PictureSource], read: Callable[[Tensor], Tensor], num_tokens: int | None
     ) -> Tensor:
         """What is read of the patches, batch by batch; no pictures give a result of the same shape."""
+        check_several(images)
         if num_tokens is not None:
             check_num_visual_tokens(self.backend, num_tokens)
         processor: Any = self.backend.processor
@@ -119,17 +120,11 @@ class MQTEncoder:
             weight = self._inner.multi_modal_projector.proj
             made = [read(weight.new_zeros(0, self._inner.multi_modal_projector.num_patches, len(weight)))]
             for start in range(0, len(images), _BATCH):
-                opened = [_opened(one, start + at) for at, one in enumerate(images[start : start + _BATCH])]
+                some = enumerate(images[start : start + _BATCH], start)
+                opened = [open_numbered(image, number) for number, image in some]
                 pixels = processor.image_processor(images=opened, return_tensors="pt")["pixel_values"]
                 made.append(read(self._inner.patches_of(pixels.to(weight.device, weight.dtype))))
         return torch.cat(made)
-
-
-def _opened(source: PictureSource, number: int) -> Any:
-    try:
-        return open_picture(source, policy=DECODED if isinstance(source, Image.Image) else PicturePolicy())
-    except InputError as error:
-        raise InputError(f"picture #{number}: {error}") from error
 
 
 def _as_array(vectors: Tensor) -> Any:

@@ -3,6 +3,7 @@
 from qr_integrations.images.fetching import PictureFetcher, addresses_of, is_public_address
 from qr_integrations.images.opening import PictureSource, decode_base64, open_picture
 from qr_integrations.images.policy import DECODED, PicturePolicy
+from qr_integrations.images.several import check_several, open_numbered
 
 __all__ = [
     "DECODED",
@@ -10,7 +11,9 @@ __all__ = [
     "PicturePolicy",
     "PictureSource",
     "addresses_of",
+    "check_several",
     "decode_base64",
     "is_public_address",
+    "open_numbered",
     "open_picture",
 ]

@@ -11,16 +11,16 @@ from llama_index.core.callbacks import CBEventType, EventPayload
 from llama_index.core.embeddings import MultiModalEmbedding
 from llama_index.core.instrumentation import get_dispatcher
 from llama_index.core.instrumentation.events.embedding import EmbeddingEndEvent, EmbeddingStartEvent
-from llama_index.core.schema import BaseNode, ImageDocument, ImageNode
+from llama_index.core.schema import BaseNode, ImageDocument, ImageNode, MediaResource, Node
 from llama_index.core.utils import get_tqdm_iterable
 from pydantic import Field, model_validator
 
-from qr_integrations.embedding import SETTINGS, EmbeddingSettings, check_several
+from qr_integrations.embedding import SETTINGS, EmbeddingSettings
 from qr_integrations.errors import InputError
-from qr_integrations.images import PictureSource
+from qr_integrations.images import PictureSource, check_several
 from qr_integrations.images.policy import shown
 
-Picture: TypeAlias = PictureSource | ImageNode | ImageDocument
+Picture: TypeAlias = PictureSource | ImageNode | Node
 
 _INSTEAD = "search with get_image_embedding or image_to_image_retrieve"
 _dispatcher = get_dispatcher(__name__)
@@ -38,9 +38,9 @@ class MQTImageEmbedding(EmbeddingSettings, MultiModalEmbedding):
         1.0
 
     Pictures are paths, ``data:`` URIs, URLs if the settings allow it, bytes, open files, arrays, Pillow pictures,
-    `ImageNode` or `ImageDocument`. The model compares pictures with pictures, not with words: as `image_embed_model` of
-    a ``MultiModalVectorStoreIndex`` it serves ``image_to_image_retrieve``, while texts, and ``text_retrieve``, are the
-    `embed_model`'s. In an ingestion pipeline it embeds image nodes by their pictures.
+    `ImageNode`, `ImageDocument` or a `Node` with an `image_resource`. The model compares pictures with pictures, not
+    with words: as `image_embed_model` of a ``MultiModalVectorStoreIndex`` it serves ``image_to_image_retrieve``, while
+    texts, and ``text_retrieve``, are the `embed_model`'s. In a pipeline it embeds nodes with a picture by it.
 
     All parameters are those of `EmbeddingSettings` and of LlamaIndex's embeddings.
     """
@@ -144,9 +144,15 @@ class MQTImageEmbedding(EmbeddingSettings, MultiModalEmbedding):
     # ---- nodes
 
     def __call__(self, nodes: Sequence[BaseNode], **kwargs: Any) -> Sequence[BaseNode]:
-        """Image nodes get the vectors of their pictures, other nodes those of their texts."""
+        """Nodes with a picture get its vector, other nodes that of their text.
+
+        Args:
+            nodes: get their embeddings.
+            kwargs: ``show_progress``; others are taken as by LlamaIndex's own embeddings, and mean nothing here.
+        """
         pictures, others = _apart(nodes)
-        for node, vector in zip(pictures, self.get_image_embedding_batch(pictures, **kwargs), strict=True):
+        vectors = self.get_image_embedding_batch(pictures, bool(kwargs.get("show_progress")))
+        for node, vector in zip(pictures, vectors, strict=True):
             node.embedding = vector
         super().__call__(others, **kwargs)
         return nodes
@@ -154,31 +160,49 @@ class MQTImageEmbedding(EmbeddingSettings, MultiModalEmbedding):
     async def acall(self, nodes: Sequence[BaseNode], **kwargs: Any) -> Sequence[BaseNode]:
         """As `__call__`, in threads."""
         pictures, others = _apart(nodes)
-        for node, vector in zip(pictures, await self.aget_image_embedding_batch(pictures, **kwargs), strict=True):
+        vectors = await self.aget_image_embedding_batch(pictures, bool(kwargs.get("show_progress")))
+        for node, vector in zip(pictures, vectors, strict=True):
             node.embedding = vector
         await super().acall(others, **kwargs)
         return nodes
 
 
-def _apart(nodes: Sequence[BaseNode]) -> tuple[list[ImageNode | ImageDocument], list[BaseNode]]:
-    pictures = [node for node in nodes if isinstance(node, ImageNode | ImageDocument)]
-    return pictures, [node for node in nodes if not isinstance(node, ImageNode | ImageDocument)]
+def _apart(nodes: Sequence[BaseNode]) -> tuple[list[ImageNode | Node], list[BaseNode]]:
+    """Nodes with a picture, and others; image nodes always belong to the first."""
+    pictures: list[ImageNode | Node] = []
+    others: list[BaseNode] = []
+    for node in nodes:
+        if isinstance(node, ImageNode | ImageDocument) or (isinstance(node, Node) and any(_places_of(node))):
+            pictures.append(node)
+        else:
+            others.append(node)
+    return pictures, others
+
+
+def _places_of(node: ImageNode | Node) -> tuple[str | None, str | Path | None, str | None]:
+    """The picture in base64, its path and its URL, as far as the node has them."""
+    if isinstance(node, ImageNode | ImageDocument):
+        path, url = node.image_path or node.metadata.get("file_path"), node.image_url
+        return node.image, path, str(url) if url else None
+    kept = node.image_resource or MediaResource()
+    return kept.data.decode() if kept.data else None, kept.path, str(kept.url) if kept.url else None
 
 
 def _source_of(picture: Picture, number: int) -> PictureSource:
-    if not isinstance(picture, ImageNode | ImageDocument):
+    if not isinstance(picture, ImageNode | Node):
         return picture
-    if picture.image:
-        return f"data:;base64,{picture.image}"
-    if path := picture.image_path or picture.metadata.get("file_path"):
+    coded, path, url = _places_of(picture)
+    if coded:
+        return f"data:;base64,{coded}"
+    if path:
         return Path(path)
-    if picture.image_url:
-        return str(picture.image_url)
+    if url:
+        return url
     raise InputError(f"picture #{number}: there is none in node {picture.node_id!r}: give it image=, a path or a URL")
 
 
 def _name_of(picture: Picture) -> str:
     """As events tell of it: they hold texts only."""
-    if isinstance(picture, ImageNode | ImageDocument):
+    if isinstance(picture, ImageNode | Node):
         return picture.node_id
     return shown(os.fspath(picture)) if isinstance(picture, str | os.PathLike) else type(picture).__name__

@@ -162,8 +162,9 @@ def test_another_resolution_is_refused_as_by_the_authors(patches: int) -> None:
     from qr_integrations.errors import InputError
 
     module = published(FACTS["cases"][1])
-    with pytest.raises(InputError, match=f"{patches} patches do not fit .* made for 576"):
-        folded(module, pictures(1, patches))
+    for read in (module, module.pooled):
+        with pytest.raises(InputError, match=f"{patches} patches do not fit .* made for 576"):
+            read(pictures(1, patches))
 
 
 @pytest.mark.parametrize(

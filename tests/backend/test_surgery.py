@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -152,6 +152,28 @@ def test_what_comes_behind_stands_on_what_was_left(name: str) -> None:
                 given = {"input_ids": ids, "position_ids": last + step, "past_key_values": prefilled.cache}
                 logits = opened.model(**given, use_cache=True).logits[:, -1]
         torch.testing.assert_close(logits, expected, atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("pruner", [BEFORE, WITHIN], ids=str)
+@pytest.mark.parametrize("name", ["llava", "qwen2_vl"])
+def test_a_prefix_may_be_continued_again(name: str, pruner: KeepFirst) -> None:
+    """After as many tokens and beams as one likes."""
+    opened = backend(name)
+    inputs = opened.lay_out(seen()).inputs
+    prefilled, model = prefill_pruned(opened, inputs, pruner), cast(Any, opened.model)
+    before = [layer.keys.clone() for layer in prefilled.cache.layers]
+
+    def went_on(again: Any, beams: int) -> Tensor:
+        given = again.continued(beams)
+        with again.decoding(opened):
+            return cast(Tensor, model.generate(**given, max_new_tokens=4, num_beams=beams, do_sample=False))
+
+    for beams in (1, 3, 2, 1):
+        assert torch.equal(went_on(prefilled, beams), went_on(prefill_pruned(opened, inputs, pruner), beams))
+    for _ in range(2):
+        prefilled.continued()
+        for layer, keys in zip(prefilled.cache.layers, before, strict=True):
+            assert torch.equal(layer.keys, keys[..., :-1, :])
 
 
 def extended(prompt: Prompt, word: int) -> dict[str, Tensor]:

@@ -26,7 +26,7 @@ from llama_index.core.ingestion import IngestionPipeline
 from llama_index.core.instrumentation import get_dispatcher
 from llama_index.core.instrumentation.event_handlers import BaseEventHandler
 from llama_index.core.instrumentation.events import BaseEvent
-from llama_index.core.schema import Document, ImageDocument, ImageNode, TextNode
+from llama_index.core.schema import Document, ImageDocument, ImageNode, MediaResource, Node, TextNode
 from PIL import Image
 
 MODEL = "qr-mini-vl-mqt"
@@ -154,6 +154,9 @@ def test_whatever_holds_a_picture_gives_its_vector(make: Any, scenes: list[str])
         ImageNode(text="a scene", metadata={"file_path": path}),
         ImageDocument(image=coded),
         ImageDocument(image_path=path),
+        Node(image_resource=MediaResource(data=data)),
+        Node(image_resource=MediaResource(path=Path(path))),
+        Document(text="a scene", image_resource=MediaResource(url=f"data:image/png;base64,{coded}")),
     ]
     vectors = make().get_image_embedding_batch(sources)
     np.testing.assert_allclose(vectors, [vectors[0]] * len(sources), atol=1e-5)
@@ -167,10 +170,11 @@ def test_whatever_holds_a_picture_gives_its_vector(make: Any, scenes: list[str])
         (BytesIO(b""), "in none of the formats"),
         (ImageNode(id_="empty"), "there is none in node 'empty'"),
         (ImageNode(image="%%%"), "is no base64"),
+        (Node(id_="bare"), "there is none in node 'bare'"),
         (ImageNode(image_url="https://example.org/a.png"), "allow_urls is off"),
         (Image.new("1", (12_000, 6_000)), "12000 x 6000 pixels"),
     ],
-    ids=["words", "bytes", "empty", "node", "base64", "url", "huge"],
+    ids=["words", "bytes", "empty", "node", "base64", "bare", "url", "huge"],
 )
 async def test_a_broken_picture_is_named_by_its_number(make: Any, scenes: list[str], bad: Any, message: str) -> None:
     from qr_integrations.errors import InputError
@@ -299,6 +303,19 @@ async def test_a_pipeline_embeds_image_nodes_by_their_pictures(make: Any, scenes
     assert [node.embedding for node in await embed.acall(again)] == expected
     with pytest.raises(ValueError, match="no vectors of texts"):
         embed([Document(text="Cats sleep.")])
+
+
+async def test_nodes_with_a_picture_are_embedded_by_it_whatever_else_is_passed(make: Any, scenes: list[str]) -> None:
+    embed = make(texts_are_pictures=True)
+    given = {"show_progress": False, "num_workers": 4, "in_place": True}
+    expected = embed.get_image_embedding_batch(scenes[:3])
+
+    def nodes() -> list[Any]:
+        beside = Node(image_resource=MediaResource(path=Path(scenes[0])), text_resource=MediaResource(text="words"))
+        return [beside, ImageNode(image_path=scenes[1]), Document(text=scenes[2], image_resource=MediaResource())]
+
+    for found in (embed(nodes(), **given), await embed.acall(nodes(), **given)):
+        np.testing.assert_allclose([node.embedding for node in found], expected, atol=1e-5)
 
 
 # ---- settings
