@@ -96,6 +96,54 @@ def test_second_looks_and_dropped_tokens_are_measured_side_by_side(folder: Path)
     assert [one["visual_tokens"] for one in results["systems"]][:2] == [100, 25]
 
 
+def test_default_methods_that_cannot_be_on_the_model_are_left_out_and_named(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    one = ["--model", "qr-mini-vl-mqt", "--mqt-model", "none", "--scenes", "1", "--keep", "0.25"]
+    assert command("eval-tokens", *one) == 0
+    shown = capsys.readouterr()
+    results, lines = results_of(folder / "tokens-report")
+    assert "left out: class_attention:keep=0.25 (visual tokens of" in shown.err and "class_attention" not in shown.out
+    assert "class_attention:keep=0.25 (visual tokens of" in results["facts"]["left out"]
+    assert "class_attention" not in results["pruned"] and "uniform_grid" in results["pruned"]
+    assert results["facts"]["measured on"].endswith(f" {len({line['system'] for line in lines}) - 1} systems")
+    assert "class_attention:keep=0.25" not in {line["system"] for line in lines}
+
+
+def test_default_budgets_that_a_method_cannot_keep_leave_their_cells_empty(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    methods = ["sparsevlm:layers=1+2", "random_tokens"]
+    assert command("eval-tokens", "--mqt-model", "none", "--scenes", "1", "--methods", *methods) == 0
+    shown = capsys.readouterr()
+    results, lines = results_of(folder / "tokens-report")
+    left_out = [f"sparsevlm:layers=1+2,keep={keep}" for keep in ("0.11", "0.056")]
+    assert all(f"{name} (keep=" in results["facts"]["left out"] and name in shown.err for name in left_out)
+    assert not {line["system"] for line in lines} & set(left_out)
+    page = (folder / "tokens-report" / "report.md").read_text("utf-8").split("## Against all tokens")[1]
+    row = next(line for line in page.splitlines() if line.startswith("| sparsevlm:layers=1+2 |"))
+    assert [bool(cell.strip()) for cell in row.split("|")[2:-1]] == [True, True, True, False, False]
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--model", "qr-mini-vl-mqt", "--methods", "class_attention", "--keep", "0.5"], "a class token"),
+        (["--model", "qr-mini-vl-mqt", "--methods", "class_attention", "uniform_grid"], "a class token"),
+        (["--methods", "sparsevlm:layers=1+2", "--keep", "0.5", "0.11"], "tokens in the mean cannot be"),
+        (["--methods", "sparsevlm:layers=5+6"], "tokens in the mean cannot be"),
+        (["--mqt-model", "qr-mini-vl-mqt", "--tokens", "16", "1000", "--methods"], "1000"),
+    ],
+)
+def test_what_was_named_and_cannot_be_on_the_model_is_said(
+    folder: Path, capsys: pytest.CaptureFixture[str], args: list[str], message: str
+) -> None:
+    assert command("eval-tokens", "--mqt-model", "none", "--scenes", "1", *args) == 2
+    shown = capsys.readouterr()
+    assert shown.err.startswith("error: ") and message in shown.err and not shown.out
+    assert not list(folder.iterdir())
+
+
 @pytest.mark.parametrize(
     ("args", "message"),
     [
@@ -103,7 +151,8 @@ def test_second_looks_and_dropped_tokens_are_measured_side_by_side(folder: Path)
         (["--methods", "sideways"], "'sideways' is no system: write cdpruner"),
         (["--keep", "half"], "keep cannot be 'half'"),
         (["--data", "gone.jsonl"], "pass a JSONL file of questions about pictures"),
-        (["--model", "qr-mini", "--scenes", "1"], "reads text only: pass a vision-language model"),
+        (["--model", "qr-mini", "--mqt-model", "none"], "reads text only: pass a vision-language model"),
+        (["--model", "qr-mini-vl-mqt"], "belongs to qr-mini-vl: name the matryoshka model"),
         (["--mqt-model", "qr-mini-vl", "--scenes", "1"], "a fixed number of tokens of a picture: load a matryoshka"),
         (["--out", "gone/report"], "make that folder"),
     ],

@@ -46,7 +46,7 @@ settings deco:alpha=0.6,layers=4-6. A line of --data: {"image": "photo.jpg", "ob
 Pictures are looked for beside the file. Exit codes: 0 done, 2 error, 130 interrupted.
 """
 _EVAL_TOKENS_NOTES = """\
-Without --data: one question of every skill about each drawn scene, at sizes that take turns; 72 scenes take about 11
+Without --data: one question of every skill about each drawn scene, at sizes that take turns; 72 scenes take about 12
 minutes on one core. METHOD is cdpruner, sparsevlm, random_tokens, uniform_grid, class_attention or last_token, perhaps
 with settings: sparsevlm:version=2.0  last_token:layer=1  cdpruner:theta=0.5. KEEP is a share of a view's tokens with a
 point in it (0.33), or a whole number of them. Skills that the model with all tokens answers no better than by chance

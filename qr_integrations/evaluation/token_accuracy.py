@@ -3,10 +3,11 @@
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from math import isclose
 
 import numpy as np
 
-from qr_integrations.evaluation.answers import is_right
+from qr_integrations.evaluation.answers import is_right, normalised
 from qr_integrations.evaluation.picture_questions import PictureQuestion
 from qr_integrations.evaluation.pictures import (
     ALL,
@@ -39,20 +40,52 @@ def one_of_each_skill(questions: Sequence[PictureQuestion]) -> list[PictureQuest
 
 
 def guess(questions: Sequence[PictureQuestion], *, contains: bool = False) -> list[PictureRun]:
-    """Answers without a look: to every question the most common answer to those of its skill.
+    """Answers without a look: to every question the answer that is right most often for its skill.
 
-    Of few questions with many answers a guess is flattered: it is the most common answer among these very ones.
+    Of few questions with many answers a guess is flattered: it is the best answer to these very ones.
+
+    Args:
+        questions: each with its answers, any of which may be the guess.
+        contains: an answer need only hold the right words, see `is_right`.
     """
-    answers: dict[str, Counter[str]] = {}
+    skills: dict[str, list[PictureQuestion]] = {}
     for question in questions:
-        answers.setdefault(question.skill, Counter())[question.answers[0]] += 1
-    common = {skill: counts.most_common(1)[0][0] for skill, counts in answers.items()}
+        skills.setdefault(question.skill, []).append(question)
+    common = {skill: _right_most_often(some, contains) for skill, some in skills.items()}
     said = [common[question.skill] for question in questions]
     rights = [is_right(text, one.answers, contains=contains) for text, one in zip(said, questions, strict=True)]
     return [
         PictureRun(GUESS, number, text, right, None, 0.0)
         for number, (text, right) in enumerate(zip(said, rights, strict=True))
     ]
+
+
+def _right_most_often(questions: Sequence[PictureQuestion], contains: bool) -> str:
+    """The answer that `is_right` accepts for most of the questions, of several the first; linear in the answers."""
+    asked: dict[tuple[str, ...], set[int]] = {}
+    for number, question in enumerate(questions):
+        for answer in question.answers:
+            asked.setdefault(_as_compared(answer), set()).add(number)
+
+    signs = [words for words in asked if not normalised(words[0])]
+
+    def times_right(answer: str) -> int:
+        accepted = [_as_compared(answer)]
+        if contains:
+            accepted += _held(normalised(answer)) + [sign for sign in signs if sign[0] and sign[0] in answer]
+        return len(set[int]().union(*(asked.get(words, ()) for words in accepted)))
+
+    return max(dict.fromkeys(answer for question in questions for answer in question.answers), key=times_right)
+
+
+def _as_compared(answer: str) -> tuple[str, ...]:
+    """Its words; signs without words as one."""
+    return normalised(answer) or (answer.strip(),)
+
+
+def _held(words: tuple[str, ...]) -> list[tuple[str, ...]]:
+    """All words that stand one after the other."""
+    return [words[start:stop] for start in range(len(words)) for stop in range(start + 1, len(words) + 1)]
 
 
 def known_skills(runs: Sequence[PictureRun], questions: Sequence[PictureQuestion]) -> tuple[str, ...]:
@@ -91,7 +124,8 @@ def compare_tokens(
     """Accuracy of every system, and what pruners gain over as many tokens drawn at random.
 
     Methods that drop tokens within the language model have read more than those before it. So each is compared with
-    random tokens of the same number in the mean over the layers, between the two nearest that were measured.
+    random tokens of the same number in the mean over the layers, between the two nearest that were measured. A method
+    that reads fewer than the fewest random ones is not compared, and none is where no random tokens were measured.
 
     Args:
         runs: of all systems on all questions.
@@ -110,10 +144,10 @@ def compare_tokens(
     }
     read = {one.name: one.visual_tokens for one in found if one.visual_tokens is not None}
     measured = {name: read[name] for name in randoms if name in read}
-    compared = set(pruned) & set(read) - set(randoms) if measured else set()
+    compared = set(pruned) & set(read) - set(randoms) if set(measured) - {NONE} else set()
+    shares = {name: between(measured, read[name]) for name in compared}
     gains = {
-        name: estimates(ratio_difference, counts[name], _mixed(counts, between(measured, read[name])))
-        for name in compared
+        name: estimates(ratio_difference, counts[name], _mixed(counts, some)) for name, some in shares.items() if some
     }
     return [
         replace(one, against={**one.against, AS_MANY: gains[one.name]}) if one.name in gains else one for one in found
@@ -121,18 +155,23 @@ def compare_tokens(
 
 
 def between(measured: Mapping[str, float], wanted: float) -> dict[str, float]:
-    """How much each of two neighbours counts so that their mean is `wanted`; the nearest alone beyond the last one.
+    """How much each of two neighbours counts so that their mean is `wanted`; empty beyond the first and the last.
 
     Example:
-        >>> between({"ten": 10.0, "twenty": 20.0, "fifty": 50.0}, 40.0)
-        {'twenty': 0.3333333333333333, 'fifty': 0.6666666666666667}
+        >>> between({"ten": 10.0, "twenty": 20.0, "fifty": 50.0}, 42.5)
+        {'twenty': 0.25, 'fifty': 0.75}
+        >>> between({"ten": 10.0, "twenty": 20.0}, 9.0)
+        {}
     """
     ordered = sorted(measured, key=lambda name: measured[name])
-    below = [name for name in ordered if measured[name] <= wanted] or ordered[:1]
-    above = [name for name in ordered if measured[name] > wanted] or ordered[-1:]
+    equal = [name for name in ordered if isclose(measured[name], wanted)]
+    if equal:
+        return {equal[0]: 1.0}
+    below = [name for name in ordered if measured[name] < wanted]
+    above = [name for name in ordered if measured[name] > wanted]
+    if not below or not above:
+        return {}
     low, high = measured[below[-1]], measured[above[0]]
-    if not low < wanted < high:
-        return {(below[-1] if low <= wanted else above[0]): 1.0}
     share = (wanted - low) / (high - low)
     return {below[-1]: 1 - share, above[0]: share}
 

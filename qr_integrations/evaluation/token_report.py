@@ -23,7 +23,8 @@ _ACCURACY = (
 )
 _AS_MANY = (
     "What is gained over random tokens of the same number in the mean over the layers, between the two nearest numbers "
-    f"that were measured; {KNOWN}. A method that drops tokens within the model has read more than its budget says."
+    f"that were measured; {KNOWN}. A method that drops tokens within the model has read more than its budget says. A "
+    "cell is empty where fewer tokens were read than the fewest random ones."
 )
 _DIFFERENCES = (
     "Differences on the same questions, bootstrap intervals at 95 % over scenes; p of a paired randomization test, "
@@ -43,7 +44,8 @@ class TokenReport:
         facts: what, on what, with what: names and values in the order in which they are told.
         systems: what was measured, `none` and the guess among them.
         matryoshka: systems of the matryoshka model, the most tokens first; none where there was no such model.
-        pruned: method -> its systems, one for each budget, in the same order for each.
+        pruned: method -> its systems, one for each budget, in the same order for each. Those that are not among
+            `systems` cannot be on the model.
         budgets: as they were asked for.
         at_chance: skills that the model does not have with all tokens.
         asked: numbers of questions, and of the groups that they come from, of every slice.
@@ -69,6 +71,11 @@ class TokenReport:
         """The one of that name."""
         return next(one for one in self.systems if one.name == name)
 
+    def measured(self) -> dict[str, list[str]]:
+        """Of `pruned` what was measured."""
+        found = {one.name for one in self.systems}
+        return {method: [name for name in names if name in found] for method, names in self.pruned.items()}
+
 
 def save_token_report(
     report: TokenReport, runs: Sequence[PictureRun], questions: Sequence[PictureQuestion], folder: str | Path
@@ -82,7 +89,7 @@ def save_token_report(
         MissingExtra: matplotlib is not installed.
     """
     matryoshka = {"matryoshka": report.matryoshka} if report.matryoshka else {}
-    methods = {**matryoshka, **report.pruned}
+    methods = {**matryoshka, **report.measured()}
     skills = partial(plot_skills, report.systems, methods, report.at_chance)
     write_report(
         folder,
@@ -108,20 +115,21 @@ def _parts(report: TokenReport) -> Iterator[str]:
         yield _table(report, [*plain, *report.matryoshka], SIZE)
         yield f"## Matryoshka tokens, against {NONE} and against the most"
         yield _against_each(report, [NONE, report.matryoshka[0]])
-    dropped = [name for names in report.pruned.values() for name in names]
+    dropped = [name for names in report.measured().values() for name in names]
     if dropped:
         yield "## Dropped tokens, by skill"
         yield _table(report, [*plain, *dropped], SKILL)
         yield "## Dropped tokens, by size"
         yield _table(report, [*plain, *dropped], SIZE)
     yield _ACCURACY
-    if dropped:
+    if any(AS_MANY in one.against for one in report.systems):
         yield "## Against random tokens, as many"
         yield _by_budget(report, lambda one: signed_with_p(_difference(one, AS_MANY)))
         yield _AS_MANY
         if report.asked.get(SIZE):
             yield "## Against random tokens, as many, by size"
             yield _by_size(report)
+    if dropped:
         yield "## Against all tokens"
         yield _by_budget(report, lambda one: signed_with_p(_difference(one, NONE)))
     yield _DIFFERENCES
@@ -171,5 +179,6 @@ def _by_size(report: TokenReport) -> str:
 
 def _by_budget(report: TokenReport, cell: Callable[[SystemAccuracy], str | None]) -> str:
     """A row for each method, a column for each budget."""
-    rows = [[method, *(cell(report.system(name)) for name in names)] for method, names in report.pruned.items()]
+    found = {one.name: cell(one) for one in report.systems}
+    rows = [[method, *(found.get(name) for name in names)] for method, names in report.pruned.items()]
     return markdown_table(["method", *(f"keep={keep}" for keep in report.budgets)], rows)

@@ -93,6 +93,28 @@ def test_a_guess_is_the_most_common_answer_to_the_skill(asked: list[Any]) -> Non
     assert np.mean(right) == 0.5
 
 
+def test_a_guess_is_the_answer_that_is_right_most_often(asked: list[Any]) -> None:
+    from qr_integrations.evaluation.answers import is_right
+    from qr_integrations.evaluation.picture_questions import PictureQuestion
+    from qr_integrations.evaluation.token_accuracy import guess
+
+    def times_right(answers: list[tuple[str, ...]], *, contains: bool = False) -> tuple[str, int]:
+        runs = guess([PictureQuestion(asked[0].image, "?", some) for some in answers], contains=contains)
+        return runs[0].text, sum(run.right for run in runs)
+
+    assert times_right([("red", "crimson"), ("red",), ("blue", "crimson"), ("dark", "Crimson.")]) == ("crimson", 3)
+    assert times_right([("two",), ("a 2",), ("3",)]) == ("two", 2)
+    assert times_right([("ball",), ("red",), ("the red ball",), ("?",)], contains=True) == ("the red ball", 3)
+    assert times_right([("?",), ("?!",), ("?",)], contains=True) == ("?!", 3)
+    drawn = np.random.default_rng(0)
+    words = ["a", "red", "ball", "2", "two", "?", "?!", "A Red ball", "red ball two"]
+    for contains in (False, True):
+        for _ in range(20):
+            answers = [tuple(drawn.choice(words, 2).tolist()) for _ in range(7)]
+            most = max(sum(is_right(word, some, contains=contains) for some in answers) for word in sum(answers, ()))
+            assert times_right(answers, contains=contains)[1] == most
+
+
 def test_skills_at_chance_are_told_from_those_that_the_model_has(asked: list[Any], runs: list[Any]) -> None:
     from qr_integrations.evaluation.token_accuracy import KNOWN, known_skills, slice_known
 
@@ -121,14 +143,39 @@ def test_a_method_is_compared_with_as_many_random_tokens_as_it_reads(report: Any
         (10.0, {"ten": 1.0}),
         (50.0, {"fifty": 1.0}),
         (40.0, {"ten": 0.25, "fifty": 0.75}),
-        (3.0, {"ten": 1.0}),
-        (80.0, {"fifty": 1.0}),
+        (3.0, {}),
+        (80.0, {}),
     ],
 )
 def test_between_two_numbers_of_tokens_lie_both_in_part(wanted: float, shares: dict[str, float]) -> None:
     from qr_integrations.evaluation.token_accuracy import between
 
     assert between({"fifty": 50.0, "ten": 10.0}, wanted) == pytest.approx(shares)
+
+
+@pytest.mark.parametrize(
+    ("random", "wanted", "compared"),
+    [(None, 30.0, False), (20.0, 19.0, False), (20.0, 20.0, True), (20.0, 30.0, True)],
+)
+def test_only_as_many_tokens_as_were_drawn_at_random_are_compared(
+    asked: list[Any], random: float | None, wanted: float, compared: bool
+) -> None:
+    from qr_integrations.evaluation.pictures import PictureRun, count_questions
+    from qr_integrations.evaluation.token_accuracy import AS_MANY, compare_tokens, guess, slice_known
+    from qr_integrations.evaluation.token_report import TokenReport, token_page
+
+    read = {"none": 100.0, "mine": wanted, **({} if random is None else {"random": random})}
+    runs = guess(asked)
+    for name, tokens in read.items():
+        runs += [PictureRun(name, number, "", bool(number % 2), None, 0.1, 0.1, tokens) for number in range(len(asked))]
+    slices, randoms = slice_known(asked, ["color"]), ["random", "none"]
+    systems = compare_tokens(
+        runs, asked, slices, randoms=randoms, pruned=["random", "mine"], baselines={"mine": ["none"]}
+    )
+    assert {one.name for one in systems if AS_MANY in one.against} == ({"mine"} if compared else set())
+    pruned = {"mine": ["mine"], **({} if random is None else {"random_tokens": ["random"]})}
+    page = token_page(TokenReport({}, systems, [], pruned, ["some"], [], count_questions(asked, slices)))
+    assert ("## Against random tokens, as many" in page) is compared
 
 
 def lines(page: str, first: str) -> list[list[str]]:
@@ -192,5 +239,6 @@ def test_questions_without_skills_and_sizes_and_without_matryoshka_make_a_report
     report = TokenReport({}, systems, [], {"mine": ["mine"]}, ["9"], [], count_questions(asked, slices))
     save_token_report(report, runs, asked, tmp_path / "report")
     page = (tmp_path / "report" / "report.md").read_text()
+    assert "Against random tokens" not in page
     assert lines(page, "mine")[0][1:3] == ["9.0", lines(page, "mine")[0][2]] and "Matryoshka" not in page
     assert not (tmp_path / "report" / "skills.png").exists()
