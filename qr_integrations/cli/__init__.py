@@ -340,7 +340,9 @@ def _add_eval_tokens(commands: Any) -> None:
     evaluate.add_argument("--scenes", type=int, default=72, metavar="N", help="drawn scenes (default: 72)")
     evaluate.add_argument("--data", metavar="FILE", help="pictures as JSON lines (default: a drawn world, built in)")
     evaluate.add_argument(
-        "--mqt-model", default="qr-mini-vl-mqt", metavar="MODEL", help="as --model; none: no such model is measured"
+        "--mqt-model",
+        metavar="MODEL",
+        help="as --model (default, beside qr-mini-vl: qr-mini-vl-mqt); none: no such model",
     )
     evaluate.add_argument(
         "--tokens", nargs="+", type=int, metavar="N", help="of a matryoshka model (default: 2 4 8 16 36 64)"

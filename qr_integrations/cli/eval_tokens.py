@@ -58,7 +58,7 @@ def run(args: argparse.Namespace) -> int:
     questions = _questions(args)
     backend = seeing.load_seeing(args)
     if matryoshka:
-        theirs = seeing.load_seeing(argparse.Namespace(**{**vars(args), "model": args.mqt_model}))
+        theirs = seeing.load_seeing(argparse.Namespace(**{**vars(args), "model": args.mqt_model or _MQT_MODEL}))
         systems = [replace(one, backend=theirs) if one.name in matryoshka else one for one in systems]
     refused = _refused(args, backend, systems, questions[:1])
     _check_named(args, matryoshka, pruned, refused)
@@ -83,7 +83,7 @@ def run(args: argparse.Namespace) -> int:
 def _matryoshka(args: argparse.Namespace) -> list[str]:
     if args.mqt_model == _NO_MODEL:
         return []
-    if args.mqt_model == _MQT_MODEL and args.model != _MODEL:
+    if args.mqt_model is None and args.model != _MODEL:
         raise InputError(
             f"{_MQT_MODEL} belongs to {_MODEL}: name the matryoshka model that belongs to {args.model!r}, "
             f"--mqt-model MODEL, or pass --mqt-model {_NO_MODEL}"

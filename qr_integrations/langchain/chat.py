@@ -138,8 +138,8 @@ class ChatViCrop(_ChatPictures):
     or a path. Answers tell their tokens in ``usage_metadata``; for ``response_metadata`` see
     `ChatSettings.answer_metadata`.
 
-    All parameters are those of `ChatSettings`. Those for generating, `crop`, `num_visual_tokens`, `prune` and `deco` may
-    be given for one call: ``chat.invoke(messages, temperature=0.7, crop=False)``. `crop` is on, the others are off.
+    All parameters are those of `ChatSettings`. Those for generating, `crop`, `num_visual_tokens`, `prune` and `deco`
+    may be given for one call: ``chat.invoke(messages, temperature=0.7, crop=False)``. `crop` is on, the others are off.
     Unknown ones are ignored here, with a line in the log, and an error in a call. With ``streaming=True`` also `invoke`
     answers piece by piece.
     """
