@@ -12,7 +12,8 @@ from pydantic import AliasChoices, ConfigDict, Field, field_serializer, field_va
 
 from qr_integrations.chat_steps import CHAT_STEPS, Strategy, as_json, as_step
 from qr_integrations.errors import InputError
-from qr_integrations.model_settings import LOADING, PictureSettings
+from qr_integrations.model_settings import LOADING
+from qr_integrations.picture_settings import PictureSettings
 from qr_integrations.types import Answer, AnswerPiece, Message
 
 MODEL_NAME, FINISH_REASON = "model_name", "finish_reason"

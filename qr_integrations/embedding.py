@@ -13,7 +13,7 @@ from pydantic import AliasChoices, ConfigDict, Field
 
 from qr_integrations.errors import InputError
 from qr_integrations.images import PictureSource, check_several
-from qr_integrations.model_settings import PictureSettings
+from qr_integrations.picture_settings import PictureSettings
 
 if TYPE_CHECKING:
     from qr_integrations.encoding.matryoshka import MQTEncoder

@@ -338,6 +338,7 @@ def _add_eval_tokens(commands: Any) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     evaluate.add_argument("--scenes", type=int, default=72, metavar="N", help="drawn scenes (default: 72)")
+    evaluate.add_argument("--first-scene", type=int, default=0, metavar="N", help="number of the first (default: 0)")
     evaluate.add_argument("--data", metavar="FILE", help="pictures as JSON lines (default: a drawn world, built in)")
     evaluate.add_argument(
         "--mqt-model",

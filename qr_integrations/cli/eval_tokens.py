@@ -93,7 +93,7 @@ def _matryoshka(args: argparse.Namespace) -> list[str]:
 
 def _questions(args: argparse.Namespace) -> list[PictureQuestion]:
     if args.data is None:
-        return one_of_each_skill(drawn_questions(args.scenes))
+        return one_of_each_skill(drawn_questions(args.scenes, first=args.first_scene))
     return list(read_picture_questions(args.data))
 
 

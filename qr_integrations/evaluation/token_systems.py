@@ -45,10 +45,16 @@ _PRUNERS: Mapping[str, Callable[..., Pruner]] = {
     "class_attention": ClassAttention,
     "last_token": LastTokenAttention,
 }
+
+
+def _none_or_word(text: str) -> str | None:
+    return None if text == "none" else text
+
+
 _KEEP: Mapping[str, Callable[[str], Any]] = {"keep": read_count_or_share}
 TOKEN_SETTINGS: Mapping[str, Mapping[str, Callable[[str], Any]]] = {
     MQT: {"tokens": int},
-    "cdpruner": {**_KEEP, "relevance": str, "text_encoder": str, "sign": int, "theta": float},
+    "cdpruner": {**_KEEP, "relevance": _none_or_word, "text_encoder": str, "sign": int, "theta": float},
     "sparsevlm": {**_KEEP, "version": str, "layers": read_layers},
     RANDOM_TOKENS: _KEEP,
     "uniform_grid": _KEEP,

@@ -443,7 +443,19 @@ def test_what_has_no_place_has_no_size() -> None:
         assert one.share is not None or one.skill == "count" or one.answers == ("no",)
 
 
-@pytest.mark.parametrize("bad", [{"scenes": 0}, {"scenes": 1, "shares": ()}, {"scenes": 1, "shares": (0.5, 0.0)}])
+def test_scenes_may_begin_anywhere() -> None:
+    from qr_integrations.evaluation.drawn_world.data import drawn_questions
+
+    later = drawn_questions(1, (0.5,), first=2)
+    assert {one.group for one in later} == {"scene 2"}
+    assert [one.question for one in drawn_questions(3, (0.5,)) if one.group == "scene 2"] == [
+        one.question for one in later
+    ]
+
+
+@pytest.mark.parametrize(
+    "bad", [{"scenes": 0}, {"scenes": 1, "shares": ()}, {"scenes": 1, "shares": (0.5, 0.0)}, {"first": -1}]
+)
 def test_there_are_scenes_and_sizes(bad: dict[str, Any]) -> None:
     from qr_integrations.errors import InputError
     from qr_integrations.evaluation.drawn_world.data import drawn_questions

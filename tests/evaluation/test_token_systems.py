@@ -30,6 +30,7 @@ def test_a_line_says_what_is_passed_to_answer(unchecked: None) -> None:
     assert steps("mqt") == {"num_visual_tokens": None}
     assert steps("cdpruner:keep=0.33") == {"prune": CDPruner(keep=0.33)}
     assert steps("cdpruner:keep=64,theta=0.5,sign=1") == {"prune": CDPruner(keep=64, theta=0.5, sign=1)}
+    assert steps("cdpruner:keep=9,relevance=none") == {"prune": CDPruner(keep=9, relevance=None)}
     assert steps("sparsevlm:keep=0.33,version=2.0") == {"prune": SparseVLM(keep=0.33, version="2.0")}
     assert steps("sparsevlm:keep=0.5,layers=2+4+6") == {"prune": SparseVLM(keep=0.5, layers=(2, 4, 6))}
     assert steps("uniform_grid:keep=9") == {"prune": UniformGrid(9)}

@@ -18,22 +18,25 @@ from qr_integrations.evaluation.picture_questions import PictureQuestion
 from qr_integrations.types import Box
 
 
-def drawn_questions(scenes: int = 20, shares: Sequence[float] = SHARES) -> list[PictureQuestion]:
+def drawn_questions(scenes: int = 20, shares: Sequence[float] = SHARES, *, first: int = 0) -> list[PictureQuestion]:
     """The same questions about the same held-out scenes, with the thing that is asked about at every size.
 
     Args:
         scenes: how many; each gives about six questions at every size.
         shares: sizes of the thing, as shares of the picture's longest side. The largest is what finds room in the
             picture, which may be less than asked for.
+        first: the number of the first scene; who has chosen something on some scenes measures on others.
 
     Raises:
-        InputError: no scenes, or a share that is none.
+        InputError: no scenes, a number below 0, or a share that is none.
     """
     _check_scenes(scenes)
+    if first < 0:
+        raise InputError(f"there is no scene {first}: pass first=0 or more")
     if not shares or not all(0 < share <= 1 for share in shares):
         raise InputError(f"{tuple(shares)} are no sizes: pass shares of the longest side, above 0 and up to 1")
     found = []
-    for number in range(scenes):
+    for number in range(first, first + scenes):
         scene = held_out_scene(number)
         for share in shares:
             drawn = resized(scene, 0, share)
