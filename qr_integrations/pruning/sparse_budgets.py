@@ -120,6 +120,11 @@ def budgets_for(
 
     least = at(0.0)[1]
     if least > keep + 0.5:
+        if not layers[0]:
+            raise InputError(
+                f"keep={keep} of {num_tokens} tokens cannot be: with what is merged there are {math.ceil(least)} at "
+                "least; keep so many, or pass recycle=False"
+            )
         raise InputError(
             f"keep={keep} tokens in the mean cannot be: before layer {layers[0]} of {num_layers} all {num_tokens} are "
             f"read, which makes at least {math.ceil(least)}; keep so many, or drop earlier: pass layers=(0, ...)"

@@ -73,6 +73,9 @@ def test_too_few_tokens_say_how_many_there_must_be() -> None:
 
     with pytest.raises(InputError, match=r"keep=32 .* before layer 2 .* at least 40; .* layers=\(0, ...\)"):
         budgets_for(32, 576, (2, 6, 15), 32, version="1.5", recycle=True)
+    with pytest.raises(InputError, match=r"keep=1 of 2 .* there are 2 at least; .* pass recycle=False"):
+        budgets_for(1, 2, (0, 1, 3), 8, version="1.5", recycle=True)
+    assert budgets_for(1, 2, (0, 1, 3), 8, version="1.5", recycle=False) == (1, 1, 1)
     budgets_for(40, 576, (2, 6, 15), 32, version="1.5", recycle=True)
     assert max(budgets_for(32, 576, (0, 6, 15), 32, version="1.5", recycle=True)) < 576
 
