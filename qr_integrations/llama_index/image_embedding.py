@@ -59,6 +59,11 @@ class MQTImageEmbedding(EmbeddingSettings, MultiModalEmbedding):
         """The name under which LlamaIndex serialises it."""
         return "MQTImageEmbedding"
 
+    def to_payload(self) -> dict[str, Any]:
+        """What events tell, without loading anything, and nothing that may hold a secret."""
+        told = {"model_name", "num_visual_tokens", "embed_batch_size"}
+        return {**self.model_dump(include=told), "class_name": self.class_name()}
+
     # ---- pictures
 
     def get_image_embedding(self, img_file_path: Picture) -> list[float]:
