@@ -168,7 +168,7 @@ class MQTImageEmbedding(EmbeddingSettings, MultiModalEmbedding):
         vectors = await self.aget_image_embedding_batch(pictures, bool(kwargs.get("show_progress")))
         for node, vector in zip(pictures, vectors, strict=True):
             node.embedding = vector
-        await super().acall(others, **kwargs)
+        await super().acall(others, show_progress=bool(kwargs.get("show_progress")))
         return nodes
 
 
