@@ -7,10 +7,7 @@ compared with the published ones. The kernel, which both need, is timed by itsel
 
 import argparse
 import json
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -22,20 +19,6 @@ from qr_integrations.pruning.greedy import greedy_map
 
 _RESULTS = Path(__file__).parent / "results"
 _GOAL, _AT = 10.0, 128  # x faster than published, with that many of one view's tokens
-
-
-@dataclass(frozen=True)
-class Job:
-    """One thing to time."""
-
-    name: str
-    run: Callable[[int], Any]
-
-    def prepare(self, repeat: int) -> None:
-        """Nothing is kept between runs."""
-
-    def finish(self, repeat: int) -> None:
-        """Nothing is kept between runs."""
 
 
 def published(kernels: Tensor, num_picks: int) -> Tensor:
@@ -62,7 +45,7 @@ def floor(kernel: np.ndarray, factor: np.ndarray) -> np.ndarray:
     return row
 
 
-def jobs(features: Tensor, relevance: Tensor, num_picks: int) -> list[Job]:
+def jobs(features: Tensor, relevance: Tensor, num_picks: int) -> list[measure.Job]:
     """The same picks of the same views."""
     kernels = torch.stack([kernel_of(*one) for one in zip(features, relevance, strict=True)])
     arrays = list(kernels.numpy())
@@ -70,10 +53,10 @@ def jobs(features: Tensor, relevance: Tensor, num_picks: int) -> list[Job]:
     theirs, ours = published(kernels, num_picks), np.stack([greedy_map(one, num_picks).order for one in arrays])
     assert theirs.tolist() == ours.tolist()
     return [
-        Job("floor", lambda _: [floor(one, factor) for one in arrays]),
-        Job("ours", lambda _: [greedy_map(one, num_picks) for one in arrays]),
-        Job("published", lambda _: published(kernels, num_picks)),
-        Job("kernel", lambda _: [kernel_of(*one) for one in zip(features, relevance, strict=True)]),
+        measure.Job("floor", lambda _: [floor(one, factor) for one in arrays]),
+        measure.Job("ours", lambda _: [greedy_map(one, num_picks) for one in arrays]),
+        measure.Job("published", lambda _: published(kernels, num_picks)),
+        measure.Job("kernel", lambda _: [kernel_of(*one) for one in zip(features, relevance, strict=True)]),
     ]
 
 

@@ -12,6 +12,7 @@ import platform
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -81,6 +82,20 @@ def summary(times: Sequence[Taken]) -> dict[str, float]:
         "cpu_median_s": statistics.median(cpu),
         "runs": len(times),
     }
+
+
+@dataclass(frozen=True)
+class Job:
+    """One thing to time that keeps nothing between runs (a `Measurable`)."""
+
+    name: str
+    run: Callable[[int], Any]
+
+    def prepare(self, repeat: int) -> None:
+        """Nothing is kept between runs."""
+
+    def finish(self, repeat: int) -> None:
+        """Nothing is kept between runs."""
 
 
 class LargestTensor(TorchDispatchMode):

@@ -6,8 +6,6 @@ patches, 16 heads, tokens 4,096 wide. Before anything is timed, our tokens are c
 
 import argparse
 import json
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,20 +20,6 @@ from qr_integrations.backend.query_transformer import QueryTransformer, stretch_
 _RESULTS = Path(__file__).parent / "results"
 _GOAL = 2.0  # x faster than published
 WIDTH, HEADS, OUT, PATCHES = 1024, 16, 4096, 576
-
-
-@dataclass(frozen=True)
-class Job:
-    """One thing to time."""
-
-    name: str
-    run: Callable[[int], Any]
-
-    def prepare(self, repeat: int) -> None:
-        """Nothing is kept between runs."""
-
-    def finish(self, repeat: int) -> None:
-        """Nothing is kept between runs."""
 
 
 def published(module: QueryTransformer, patches: Tensor, count: int) -> Tensor:
@@ -70,12 +54,12 @@ class Floor:
         return values.flatten(2) @ self.out
 
 
-def jobs(module: QueryTransformer, patches: Tensor, count: int) -> list[Job]:
+def jobs(module: QueryTransformer, patches: Tensor, count: int) -> list[measure.Job]:
     """The same tokens of the same pictures."""
     return [
-        Job("floor", Floor(module, patches, count).run),
-        Job("ours", lambda _: module(patches, count)),
-        Job("published", lambda _: published(module, patches, count)),
+        measure.Job("floor", Floor(module, patches, count).run),
+        measure.Job("ours", lambda _: module(patches, count)),
+        measure.Job("published", lambda _: published(module, patches, count)),
     ]
 
 

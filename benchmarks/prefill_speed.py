@@ -10,7 +10,6 @@ import argparse
 import copy
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -38,20 +37,6 @@ _RESULTS = Path(__file__).parent / "results"
 BEFORE, VISUAL, BEHIND, IMAGE = 35, 576, 57, 1023
 VERSIONS: tuple[Literal["1.5", "2.0"], ...] = ("1.5", "2.0")
 SHAPES = {"llava-1.5-7b": (4096, 11008, 32), "small": (1024, 2816, 8)}
-
-
-@dataclass(frozen=True)
-class Job:
-    """One thing to measure."""
-
-    name: str
-    run: Callable[[int], Any]
-
-    def prepare(self, repeat: int) -> None:
-        """Nothing is kept between runs."""
-
-    def finish(self, repeat: int) -> None:
-        """Nothing is kept between runs."""
 
 
 def load(shape: tuple[int, int, int], num_layers: int, dtype: torch.dtype, device: str) -> Backend:
@@ -95,7 +80,7 @@ def prompt(backend: Backend, num_visual: int) -> dict[str, Tensor]:
     return {"input_ids": ids[None], "attention_mask": torch.ones_like(ids)[None]}
 
 
-def jobs(backend: Backend, counts: Sequence[int]) -> list[Job]:
+def jobs(backend: Backend, counts: Sequence[int]) -> list[measure.Job]:
     """The floor of each length, and both ways to get there."""
     draws = torch.Generator().manual_seed(0)
     picture = torch.randn(1, 3, 336, 336, generator=draws).to(backend.device, backend.model.dtype)
@@ -115,10 +100,12 @@ def jobs(backend: Backend, counts: Sequence[int]) -> list[Job]:
 
     made = []
     for count in counts:
-        made.append(Job(f"floor {count}", plain(count)))
-        made.append(Job(f"before {count}", pruned(UniformGrid(count))))
+        made.append(measure.Job(f"floor {count}", plain(count)))
+        made.append(measure.Job(f"before {count}", pruned(UniformGrid(count))))
         for version in VERSIONS:
-            made.append(Job(f"within {version} {count}", pruned(within(count, version, len(backend.decoder.layers)))))
+            made.append(
+                measure.Job(f"within {version} {count}", pruned(within(count, version, len(backend.decoder.layers))))
+            )
     return made
 
 

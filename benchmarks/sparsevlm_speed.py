@@ -7,10 +7,8 @@ kept are compared. On a busy machine processor time counts.
 
 import argparse
 import json
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,20 +25,6 @@ _RESULTS = Path(__file__).parent / "results"
 _GOAL = 4.0  # x faster than published
 HEADS, HEAD_WIDTH, WIDTH, BEFORE, VISUAL, BEHIND = 32, 128, 4096, 35, 576, 57
 FREQUENCIES = 10_000.0 ** (-torch.arange(0, HEAD_WIDTH, 2) / HEAD_WIDTH)
-
-
-@dataclass(frozen=True)
-class Job:
-    """One thing to time."""
-
-    name: str
-    run: Callable[[int], Any]
-
-    def prepare(self, repeat: int) -> None:
-        """Nothing is kept between runs."""
-
-    def finish(self, repeat: int) -> None:
-        """Nothing is kept between runs."""
 
 
 @dataclass(frozen=True)
@@ -113,15 +97,15 @@ def published_merging(states: Tensor, num_clusters: int) -> Tensor:
     return (weights / (weights.sum(0) + 1e-6)).T @ states
 
 
-def jobs(layers: list[Layer], dropped: Tensor, num_clusters: int) -> list[Job]:
+def jobs(layers: list[Layer], dropped: Tensor, num_clusters: int) -> list[measure.Job]:
     """Three layers each, and the recycling after the first of them."""
     return [
-        Job("scores, ours", lambda _: [ours(layer) for layer in layers]),
-        Job("scores, published", lambda _: [published(layer) for layer in layers]),
-        Job("scores of 2.0, ours", lambda _: [ours(layer, True) for layer in layers]),
-        Job("scores of 2.0, published", lambda _: [published(layer, True) for layer in layers]),
-        Job("recycling, ours", lambda _: density_peaks(dropped, num_clusters).means(dropped)),
-        Job("recycling, published", lambda _: published_merging(dropped, num_clusters)),
+        measure.Job("scores, ours", lambda _: [ours(layer) for layer in layers]),
+        measure.Job("scores, published", lambda _: [published(layer) for layer in layers]),
+        measure.Job("scores of 2.0, ours", lambda _: [ours(layer, True) for layer in layers]),
+        measure.Job("scores of 2.0, published", lambda _: [published(layer, True) for layer in layers]),
+        measure.Job("recycling, ours", lambda _: density_peaks(dropped, num_clusters).means(dropped)),
+        measure.Job("recycling, published", lambda _: published_merging(dropped, num_clusters)),
     ]
 
 

@@ -59,20 +59,6 @@ SHAPES = {
 }
 
 
-@dataclass(frozen=True)
-class Job:
-    """One thing to time."""
-
-    name: str
-    run: Callable[[int], Any]
-
-    def prepare(self, repeat: int) -> None:
-        """Nothing is kept between runs."""
-
-    def finish(self, repeat: int) -> None:
-        """Nothing is kept between runs."""
-
-
 def load(shape: Shape, dtype: torch.dtype, device: str) -> Backend:
     """A random LLaVA with a real processor."""
     tokenizer = AutoTokenizer.from_pretrained(bundled_path("qr-mini"))
@@ -155,7 +141,7 @@ class Published:
         return self._backend.model.generate(**inputs, max_new_tokens=_NEW_TOKENS, do_sample=False)
 
 
-def jobs(backend: Backend, picture: Image.Image, published: Published) -> list[Job]:
+def jobs(backend: Backend, picture: Image.Image, published: Published) -> list[measure.Job]:
     """All of them answer the same question about the same picture."""
     asked = [Message.user(picture, _QUESTION)]
     crop = picture.crop((0, 0, 336, 336))
@@ -164,12 +150,12 @@ def jobs(backend: Backend, picture: Image.Image, published: Published) -> list[J
         return lambda _: backend.answer(asked, crop=ViCrop(method=method), max_new_tokens=_NEW_TOKENS)
 
     return [
-        Job("floor: stock generate, two pictures", lambda _: published.two_pictures([picture, crop])),
-        Job("stock generate, one picture", lambda _: published.two_pictures([picture])),
-        Job("ours, relative", ours("relative")),
-        Job("ours, gradient", ours("gradient")),
-        Job("ours, input_gradient", ours("input_gradient")),
-        Job("published, relative", lambda _: published.answer(picture)),
+        measure.Job("floor: stock generate, two pictures", lambda _: published.two_pictures([picture, crop])),
+        measure.Job("stock generate, one picture", lambda _: published.two_pictures([picture])),
+        measure.Job("ours, relative", ours("relative")),
+        measure.Job("ours, gradient", ours("gradient")),
+        measure.Job("ours, input_gradient", ours("input_gradient")),
+        measure.Job("published, relative", lambda _: published.answer(picture)),
     ]
 
 

@@ -140,19 +140,27 @@ def load_processor(name: str, hub_kwargs: dict[str, Any]) -> ProcessorMixin:
     Raises:
         LoadError: there is none, or it needs a library that is not installed.
     """
-    try:
+    cure = (
+        "it needs processor_config.json or preprocessor_config.json beside the weights, and for some families pip "
+        "install torchvision"
+    )
+    with explained(f"the processor of {name!r} cannot be loaded", cure):
         processor = AutoProcessor.from_pretrained(name, **hub_kwargs)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        text = " ".join(f"{error}".split())[:300]
-        raise LoadError(
-            f"the processor of {name!r} cannot be loaded ({text}): it needs processor_config.json or "
-            "preprocessor_config.json beside the weights, and for some families pip install torchvision"
-        ) from error
     if not isinstance(processor, ProcessorMixin):
         raise LoadError(
             f"{name!r} has no processor for pictures: load a vision-language model with its processor files"
         )
     return processor
+
+
+@contextmanager
+def explained(what: str, cure: str) -> Iterator[None]:
+    """What libraries say about files that they cannot read becomes a `LoadError`, with what failed and the cure."""
+    try:
+        yield
+    except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
+        text = " ".join(f"{error}".split())[:300]
+        raise LoadError(f"{what} ({text}): {cure}") from error
 
 
 @contextmanager

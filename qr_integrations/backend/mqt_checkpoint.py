@@ -8,17 +8,18 @@ fit, and be known.
 import json
 import math
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoTokenizer, CLIPVisionConfig, GenerationConfig, LlamaConfig, LlavaProcessor
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
+from qr_integrations.backend.loading import explained
 from qr_integrations.backend.mqt_llava import MQTLlavaConfig, MQTLlavaForConditionalGeneration
 from qr_integrations.errors import LoadError
 from qr_integrations.files import whole_folder
@@ -265,13 +266,8 @@ def _read_json(path: Path) -> dict[str, Any]:
     return told
 
 
-@contextmanager
-def _explained(folder: Path) -> Iterator[None]:
-    try:
-        yield
-    except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
-        text = " ".join(f"{error}".split())[:300]
-        raise LoadError(
-            f"{str(folder)!r} cannot be read ({text}): it needs config.json, *.safetensors, and the tokenizer's files, "
-            "best tokenizer.json"
-        ) from error
+def _explained(folder: Path) -> AbstractContextManager[None]:
+    return explained(
+        f"{str(folder)!r} cannot be read",
+        "it needs config.json, *.safetensors, and the tokenizer's files, best tokenizer.json",
+    )

@@ -8,7 +8,7 @@ Legend: L layers and the embeddings before them, T tokens of a batch of pictures
 
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, suppress
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -16,15 +16,14 @@ from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
 from qr_integrations.backend.backend import Backend
-from qr_integrations.backend.loading import resolve_device, resolve_dtype, resolve_name
+from qr_integrations.backend.loading import explained, resolve_device, resolve_dtype, resolve_name
 from qr_integrations.backend.opened import lock_of
-from qr_integrations.errors import InputError, LoadError, UnsupportedModelError
+from qr_integrations.errors import InputError, UnsupportedModelError
 from qr_integrations.images import PictureSource, check_several, open_numbered
 
 UNPLACED = -1
@@ -231,17 +230,12 @@ def _vision_config(config: PreTrainedConfig) -> Any:
     return getattr(config, "vision_config", config)
 
 
-@contextmanager
-def _explained(name: str) -> Iterator[None]:
-    """What transformers says about files becomes a `LoadError`."""
-    try:
-        yield
-    except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
-        text = " ".join(f"{error}".split())[:300]
-        raise LoadError(
-            f"the vision tower {name!r} cannot be loaded ({text}): it needs config.json, model.safetensors and "
-            "preprocessor_config.json in a folder or behind a hub id, and for some families pip install torchvision"
-        ) from error
+def _explained(name: str) -> AbstractContextManager[None]:
+    return explained(
+        f"the vision tower {name!r} cannot be loaded",
+        "it needs config.json, model.safetensors and preprocessor_config.json in a folder or behind a hub id, and for "
+        "some families pip install torchvision",
+    )
 
 
 # ---- one pass
