@@ -6,6 +6,21 @@ only attention that goes through transformers' attention interface.
 
 from qr_integrations.backend.attention_tap import AttentionTap
 from qr_integrations.backend.backend import Backend
+from qr_integrations.backend.branches import Trunk, Wanted
+from qr_integrations.backend.pieces import Piece, cut, join
 from qr_integrations.backend.prefix import Prefix
+from qr_integrations.backend.stored import KeptDtype, Stored, check_kept_dtype
 
-__all__ = ["AttentionTap", "Backend", "Prefix"]
+__all__ = [
+    "AttentionTap",
+    "Backend",
+    "KeptDtype",
+    "Piece",
+    "Prefix",
+    "Stored",
+    "Trunk",
+    "Wanted",
+    "check_kept_dtype",
+    "cut",
+    "join",
+]

@@ -87,7 +87,7 @@ class StopForward(Exception):
     """Not an error: everything wanted has been read. Raised inside the top tapped layer, caught by `run_tapped`."""
 
 
-class _Pass:
+class Pass:
     """What one forward pass reads: mutable, lives as long as the pass."""
 
     def __init__(self, tap: AttentionTap | None, stop_after: int | None, past: int) -> None:
@@ -98,6 +98,7 @@ class _Pass:
         self.rows: dict[int, Tensor] = {}
 
     def attend(self, module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, kwargs: dict[str, Any]) -> Any:
+        """What a layer's attention gives: its output, and perhaps weights."""
         layer = module.layer_idx
         if self.tap is not None and layer in self.wanted:
             with torch.set_grad_enabled(self.tap.differentiable and torch.is_grad_enabled()):
@@ -123,7 +124,7 @@ class _Pass:
         )
 
 
-class _WeighedPass(_Pass):
+class _WeighedPass(Pass):
     """Reads the last position's rows, and adds to what each head brings home there a zero whose gradient is wanted."""
 
     def __init__(self, tap: AttentionTap, past: int) -> None:
@@ -217,7 +218,7 @@ def _register(kernel: str) -> _TappedKernel:
 
 
 @contextmanager
-def _installed(modules: Sequence[Any], state: _Pass) -> Iterator[None]:
+def _installed(modules: Sequence[Any], state: Pass) -> Iterator[None]:
     """Give `modules` a config that names our attention; they get their own back on every way out."""
     originals = [(module, module.config) for module in modules]
     copies: dict[int, PreTrainedConfig] = {}
@@ -241,10 +242,15 @@ def run_tapped(
 
     The pass ends in layer `stop_after` once its keys are in the cache: that layer's attention and MLP are not computed.
     """
-    state = _Pass(tap, stop_after, past)
+    state = Pass(tap, stop_after, past)
+    run_as(state, run, modules)
+    return None if tap is None else state.result()
+
+
+def run_as(state: Pass, run: Callable[[], Any], modules: Sequence[nn.Module]) -> None:
+    """Call `run` (one forward pass) with `state` in place of the attention of `modules`."""
     with _installed(modules, state), suppress(StopForward):
         run()
-    return None if tap is None else state.result()
 
 
 def run_weighed(
@@ -260,7 +266,7 @@ def run_weighed(
         return state.result(), state.gradients(number)
 
 
-class _Watched(_Pass):
+class _Watched(Pass):
     """Shows somebody what comes by."""
 
     def __init__(self, look: Callable[[Any, Tensor, Tensor, Any, dict[str, Any]], None]) -> None:
@@ -294,7 +300,7 @@ class AttentionLayer:
         return config._attn_implementation or "eager"
 
 
-class _Survey(_Pass):
+class _Survey(Pass):
     """Notes which modules come by."""
 
     def __init__(self) -> None:

@@ -1,4 +1,5 @@
 """Whether a model goes on from kept keys and values as if it had read everything at once: tried out, not looked up.
+Also whether several texts may go on from them side by side.
 
 Most do. Latent attention makes its keys out of cached values, and the recurrent layers of some hybrids forget their
 state when more than one token follows; which ones, changes with the version of transformers.
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from qr_integrations.backend.attention_tap import AttentionTap
+from qr_integrations.backend.branches import Wanted
 from qr_integrations.backend.prefix import Continuation, Prefix, new_cache
 from qr_integrations.errors import ModelError
 from qr_integrations.types import Span
@@ -48,6 +50,27 @@ def try_continuations(
             if rows.shape == whole.shape and (rows - whole).abs().mean() < _limit(dtype, stateless):
                 return continuation
     return "tokens"
+
+
+def try_branches(reader: Any, heads: tuple[tuple[int, int], ...]) -> bool:
+    """Whether `Reader.forward_branches` gives what `Reader.forward` gives. Costs four short passes."""
+    ids = [(7 * i + 11) % reader.config.vocab_size for i in range(_KEPT + _NEW)]
+    wanted, trunk_ids = Wanted(heads), ids[_KEPT : _KEPT + 2]
+    branches = [trunk_ids + ids[-2:], trunk_ids + ids[-5:-2]]
+    try:
+        prefix = reader.prefill(ids[:_KEPT], top_layer=wanted.top_layer)
+        trunk = reader.read_trunk(trunk_ids, wanted, prefix)
+        together = reader.forward_branches(branches, wanted, prefix=prefix, trunk=trunk)
+        for branch, means in zip(branches, together, strict=True):
+            tap = AttentionTap(heads, Span(_KEPT, _KEPT + len(branch)))
+            alone = reader.forward(branch, tap=tap, prefix=prefix)[0, :, :_KEPT]
+            if not (means - alone).abs().mean() < _limit(reader.model.dtype, stateless=True):
+                return False
+    except ModelError:
+        raise
+    except (RuntimeError, ValueError, TypeError, AttributeError, LookupError, AssertionError):
+        return False  # the family does not take this cache, or this mask
+    return True
 
 
 def _limit(dtype: torch.dtype, stateless: bool) -> float:

@@ -47,6 +47,7 @@ class OpenedModel:
         self._lock = lock_of(model)
         self._attention_layers: dict[int, AttentionLayer] | None = None
         self._continuations: dict[int, Continuation] = {}
+        self._branching: dict[int, bool] = {}
 
     @property
     def sees_pictures(self) -> bool:

@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedConfig
 from transformers.cache_utils import DummyLayer, DynamicLayer, DynamicSlidingWindowLayer
 
+from qr_integrations.backend.stored import Stored
 from qr_integrations.errors import UnsupportedModelError
 from qr_integrations.types import Span
 
@@ -38,13 +39,65 @@ class _KeyLayer(DynamicLayer):
         return self.keys, value_states
 
 
+class StoredLayer(DynamicLayer):
+    """Keys and values as they are kept, cast whenever they are read; never appended to.
+
+    `heads`: which of `num_heads` key/value heads are kept, None for all; the others read as zero.
+    """
+
+    def __init__(
+        self,
+        keys: Stored,
+        values: Stored | None,
+        dtype: torch.dtype,
+        heads: tuple[int, ...] | None = None,
+        num_heads: int | None = None,
+    ) -> None:
+        self.stored_keys, self.stored_values, self.heads, self.num_heads = keys, values, heads, num_heads
+        self.dtype, self.device, self.is_initialized = dtype, keys.steps.device, True
+
+    @property
+    def keys(self) -> Tensor:
+        """``[1, G, T, D]``."""
+        kept = self.stored_keys.read(self.dtype)
+        if self.heads is None:
+            return kept
+        assert self.num_heads is not None
+        whole = kept.new_zeros(len(kept), self.num_heads, *kept.shape[2:])
+        whole[:, list(self.heads)] = kept
+        return whole
+
+    @property
+    def values(self) -> Tensor:
+        """``[1, G, T, D]``; T is 0 where none are kept."""
+        if self.stored_values is None:
+            return self.stored_keys.steps[..., :0, :].to(self.dtype)
+        return self.stored_values.read(self.dtype)
+
+    @property
+    def num_bytes(self) -> int:
+        """What is kept."""
+        return sum(stored.num_bytes for stored in (self.stored_keys, self.stored_values) if stored is not None)
+
+    def get_seq_length(self) -> int:
+        """T."""
+        return self.stored_keys.num_tokens
+
+    def dense(self) -> DynamicLayer:
+        """The same as a layer that can be appended to."""
+        layer = _KeyLayer() if self.stored_values is None else DynamicLayer()
+        layer.keys, layer.values, layer.is_initialized = self.keys, self.values, True
+        layer.dtype, layer.device = self.dtype, self.device
+        return layer
+
+
 class _BorrowedLayer(DynamicLayer):
     """Reads a prefix's keys and values and keeps nothing of what one further pass appends: branches cost no memory."""
 
     def __init__(self, owner: DynamicLayer) -> None:
         super().__init__()
         self.keys, self.values, self.is_initialized = owner.keys, owner.values, True
-        self.keys_only = isinstance(owner, _KeyLayer)
+        self.keys_only = isinstance(owner, _KeyLayer) or getattr(owner, "stored_values", owner) is None
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         keys = _append(self.keys, key_states)
@@ -62,13 +115,15 @@ class Prefix:
     Sliding-window layers keep all their keys: the window is in the mask, and a cropped prefix stays exact. Where a
     model cannot continue from a cache, `cache` is None and each pass reads the tokens again.
 
-    `blocks` are spans of tokens that do not see each other and share their positions, see `Backend.prefill_blocks`.
+    `blocks` are spans of tokens that do not see each other and share their positions, see `Backend.prefill_blocks`;
+    `next_position` is where the next token stands if that is not told by the number of tokens.
     """
 
     token_ids: tuple[int, ...]
     top_layer: int
     cache: DynamicCache | None
     blocks: tuple[Span, ...] = ()
+    next_position: int | None = None
 
     def __len__(self) -> int:
         return len(self.token_ids)
@@ -76,27 +131,42 @@ class Prefix:
     @property
     def num_positions(self) -> int:
         """The position of the next token."""
+        if self.next_position is not None:
+            return self.next_position
         return self.blocks[0].start + max(map(len, self.blocks)) if self.blocks else len(self)
+
+    def position_of(self, token: int) -> int:
+        """Where a token of this prefix stood when it was read."""
+        block = next((block for block in self.blocks if block.start <= token < block.stop), None)
+        return token if block is None else self.blocks[0].start + token - block.start
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether it is keys and values of single tokens, and nothing else."""
+        return self.cache is not None and all(type(layer) in (*_PLAIN, StoredLayer) for layer in self._layers)
 
     @property
     def num_bytes(self) -> int:
         """Memory of the kept keys, values and states."""
         kept = [vars(layer) for layer in self._layers]
+        stored = sum(layer.num_bytes for layer in self._layers if isinstance(layer, StoredLayer))
         kept += [value for values in kept for value in values.values() if isinstance(value, dict)]  # recurrent states
         tensors = [value for values in kept for value in values.values() if isinstance(value, Tensor)]
-        return sum(t.numel() * t.element_size() for t in tensors)
+        return stored + sum(t.numel() * t.element_size() for t in tensors)
 
     @property
     def can_crop(self) -> bool:
-        """False for models with recurrent layers, whose state at an earlier token is gone, and for blocks."""
-        return not self.blocks and all(type(layer) in (*_PLAIN, DummyLayer) for layer in self._layers)
+        """False for models with recurrent layers, whose state at an earlier token is gone, for blocks and pieces."""
+        if self.blocks or self.next_position is not None:
+            return False
+        return all(type(layer) in (*_PLAIN, StoredLayer, DummyLayer) for layer in self._layers)
 
     def is_of(self, other: "Prefix") -> bool:
         """Whether the model that made `other`, a prefix of the first few of these tokens, made this one too."""
         if self.top_layer != other.top_layer or len(self._layers) != len(other._layers):
             return False
         for mine, its in zip(self._layers, other._layers, strict=True):
-            if type(mine) in _PLAIN:
+            if type(mine) in (*_PLAIN, StoredLayer):
                 keys = mine.keys[..., : len(other), :].float()
                 if keys.shape != its.keys.shape or (keys - its.keys.float()).abs().mean() > 0.05 * keys.abs().mean():
                     return False
@@ -116,7 +186,7 @@ class Prefix:
     def beginning_of(self, token_ids: Sequence[int]) -> "Prefix | None":
         """The part of this prefix that `token_ids` begins with; None where there is none, or it cannot be had alone."""
         common = self.common_length(token_ids)
-        if common == len(self) and not self.blocks:
+        if common == len(self) and not self.blocks and self.next_position is None:
             return self
         return self.crop(common) if common and self.can_crop else None
 
@@ -126,7 +196,7 @@ class Prefix:
 
     def growing(self) -> DynamicCache | None:
         """A cache that starts with this prefix and keeps what is appended; this prefix itself stays as it is."""
-        return self._with(lambda layer: copy.copy(layer) if type(layer) in _PLAIN else copy.deepcopy(layer))
+        return self._with(_grown)
 
     def crop(self, num_tokens: int) -> "Prefix":
         """The first `num_tokens` tokens; shares memory with this one."""
@@ -164,13 +234,22 @@ _PLAIN = (
 )  # exact types: heirs carry recurrent states or further caches besides keys and values
 
 
+def _grown(layer: Any) -> Any:
+    if isinstance(layer, StoredLayer):
+        return layer.dense()
+    return copy.copy(layer) if type(layer) in _PLAIN else copy.deepcopy(layer)
+
+
 def _borrow(layer: Any) -> Any:
-    if type(layer) in _PLAIN:
+    if type(layer) in (*_PLAIN, StoredLayer):
         return _BorrowedLayer(layer)
     return copy.deepcopy(layer)  # recurrent and convolution states are small, and are updated in place
 
 
 def _cropped(layer: Any, num_tokens: int) -> Any:
+    if isinstance(layer, StoredLayer):
+        values = None if layer.stored_values is None else layer.stored_values.tokens(0, num_tokens)
+        return StoredLayer(layer.stored_keys.tokens(0, num_tokens), values, layer.dtype, layer.heads, layer.num_heads)
     shorter = copy.copy(layer)
     if type(layer) in _PLAIN:
         shorter.keys = layer.keys[..., :num_tokens, :]
@@ -198,6 +277,12 @@ def sliding_window(config: PreTrainedConfig) -> int | None:
     window = getattr(config, "sliding_window", None)
     slides = "sliding_attention" in (getattr(config, "layer_types", None) or ["sliding_attention"])
     return window if window and slides else None
+
+
+def narrowest_window(config: PreTrainedConfig) -> int | None:
+    """How many tokens back all layers see: the sliding ones, and those that attend within chunks; None without them."""
+    windows = [sliding_window(config), getattr(config, "attention_chunk_size", None)]
+    return min((window for window in windows if window), default=None)
 
 
 def new_cache(config: PreTrainedConfig, top_layer: int, continuation: Continuation) -> DynamicCache | None:

@@ -4,7 +4,8 @@ Legend: B batch, K heads, Q rows, S tokens of this pass, T all tokens.
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Literal
 
@@ -14,17 +15,26 @@ from safetensors import SafetensorError
 from torch import Tensor
 from transformers import DynamicCache
 
-from qr_integrations.backend.attention_tap import AttentionTap, run_tapped
+from qr_integrations.backend.attention_tap import AttentionTap, run_as, run_tapped
 from qr_integrations.backend.blocks import read_blocks
-from qr_integrations.backend.continuation import try_continuations
+from qr_integrations.backend.branches import BranchPass, Trunk, Wanted
+from qr_integrations.backend.continuation import try_branches, try_continuations
 from qr_integrations.backend.memory import memory_advice
 from qr_integrations.backend.opened import OpenedModel
-from qr_integrations.backend.prefix import Continuation, Prefix, new_cache, read_prefix, sliding_window
+from qr_integrations.backend.prefix import (
+    Continuation,
+    Prefix,
+    narrowest_window,
+    new_cache,
+    read_prefix,
+    sliding_window,
+)
 from qr_integrations.errors import InputError, LoadError
 from qr_integrations.types import Span
 
 _log = logging.getLogger(__name__)
 _CPU_CHUNK = 1024  # a mask costs a CPU kernel little, and activations of 1,024 tokens make room for the kept keys
+_BRANCH_TOKENS = 512  # tokens of one pass of branches
 _AUTO_CHUNK = 2048  # tokens at a time where a kernel needs a mask of chunk x T or softmaxes in plain torch
 
 
@@ -122,6 +132,93 @@ class Reader(OpenedModel):
         beginning = self.prefill(token_ids[: blocks[0].start], top_layer=top_layer)
         return read_blocks(self._run, beginning, token_ids, blocks, self.config)
 
+    @torch.no_grad()
+    def read_trunk(self, token_ids: Sequence[int], wanted: Wanted, prefix: Prefix) -> Trunk | None:
+        """Read what all branches behind `prefix` begin with; None where the model reads each branch by itself anyway.
+
+        Args:
+            token_ids: what comes after the prefix, ``[F]``, at least one token.
+            wanted: heads, as the branches are to be read with.
+            prefix: reaches as deep as the heads.
+        """
+        if not token_ids or not self._can_branch(wanted.top_layer, prefix, len(token_ids)):
+            return None
+        state = BranchPass(prefix, None, [Span(0, len(token_ids))], wanted)
+        self._run_branches(state, [token_ids], prefix)
+        keys = {layer: new[0] for layer, new in state.new.items()}
+        values = {layer: new[1] for layer, new in state.new.items()}
+        return Trunk(tuple(token_ids), keys, values, state.sums[0])
+
+    @torch.no_grad()
+    def forward_branches(
+        self,
+        branches: Sequence[Sequence[int]],
+        wanted: Wanted,
+        *,
+        prefix: Prefix,
+        trunk: Trunk | None = None,
+    ) -> Float[Tensor, "N K P"]:
+        """The attention that each of several texts behind one prefix pays to it: the mean over the text's rows.
+
+        Each text sees the prefix and itself, none sees another; equal, to rounding, to passes one by one. Where the
+        model's layers cannot be read so, it is passes one by one.
+
+        Args:
+            branches: N texts, each at least one token; all begin with the trunk, if there is one.
+            wanted: which heads.
+            prefix: what stands in front of each, P tokens.
+            trunk: what `read_trunk` gave for this prefix and these heads.
+
+        Raises:
+            InputError: an empty branch, or one that does not begin with the trunk.
+        """
+        self.check_heads(wanted.heads)
+        shared = len(trunk.token_ids) if trunk else 0
+        for number, branch in enumerate(branches):
+            if len(branch) <= shared or (trunk and tuple(branch[:shared]) != trunk.token_ids):
+                raise InputError(f"branch #{number} has no token behind the trunk: pass texts that go on after it")
+        if not self._can_branch(wanted.top_layer, prefix, max(map(len, branches))):
+            return torch.cat([self._one_branch(branch, wanted, prefix) for branch in branches])
+        means = []
+        for group in _groups([len(branch) - shared for branch in branches]):
+            own = [branches[i][shared:] for i in group]
+            ends = list(accumulate(map(len, own), initial=0))
+            state = BranchPass(prefix, trunk, [Span(*span) for span in pairwise(ends)], wanted)
+            self._run_branches(state, own, prefix)
+            sums = state.sums if trunk is None else state.sums + trunk.attention
+            means.append(sums / torch.tensor([len(branches[i]) for i in group], device=sums.device)[:, None, None])
+        return torch.cat(means)
+
+    def _can_branch(self, top_layer: int, prefix: Prefix, num_tokens: int) -> bool:
+        """Whether the layers see all of the prefix and nothing but its keys and values; tried once per layer."""
+        window = narrowest_window(self.config)
+        if not prefix.is_plain or (window is not None and prefix.num_positions + num_tokens > window):
+            return False
+        with self.locked():
+            if top_layer not in self._branching:
+                heads = tuple((top_layer, head) for head in range(self.attention_layers[top_layer].num_heads))
+                self._branching[top_layer] = True  # for the trial itself
+                self._branching[top_layer] = try_branches(self, heads)
+            return self._branching[top_layer]
+
+    def _one_branch(self, token_ids: Sequence[int], wanted: Wanted, prefix: Prefix) -> Float[Tensor, "1 K P"]:
+        rows = Span(len(prefix), len(prefix) + len(token_ids))
+        means = self.forward(token_ids, tap=AttentionTap(wanted.heads, rows), prefix=prefix)[..., : len(prefix)]
+        return means if wanted.per_head else means.sum(1, keepdim=True)
+
+    def _run_branches(self, state: BranchPass, branches: Sequence[Sequence[int]], prefix: Prefix) -> None:
+        """One pass of branches side by side, all from the same position on."""
+        start = prefix.num_positions + (len(state.trunk.token_ids) if state.trunk else 0)
+        ids = self._batched([token for branch in branches for token in branch])
+        places = [start + i for branch in branches for i in range(len(branch))]
+        with self.locked(), memory_advice(ids.shape[1], self.name):
+            layers, decoder = self.attention_layers, self.decoder
+            modules = [layers[i].module for i in layers if i <= state.heads.top_layer]
+            # any mask of four dimensions: the model passes it on, and the attention here looks at none
+            mask = torch.zeros(1, 1, 1, 1, dtype=self.model.dtype, device=ids.device)
+            kwargs = {"input_ids": ids, "attention_mask": mask, "position_ids": self._batched(places)}
+            run_as(state, lambda: decoder(**kwargs, past_key_values=state.cache(), use_cache=True), modules)
+
     def load_prefix(self, path: str | Path) -> Prefix:
         """Read what `Prefix.save` wrote, and try on a few tokens that it is this model's.
 
@@ -186,3 +283,15 @@ class Reader(OpenedModel):
                 decoder(**kwargs, past_key_values=cache, use_cache=cache is not None)
 
             return run_tapped(run, modules, tap=tap, stop_after=stop_after, past=past)
+
+
+def _groups(lengths: Sequence[int]) -> Iterator[list[int]]:
+    """Numbers of branches that go through the model together."""
+    group: list[int] = []
+    for number, length in enumerate(lengths):
+        if group and sum(lengths[i] for i in group) + length > _BRANCH_TOKENS:
+            yield group
+            group = []
+        group.append(number)
+    if group:
+        yield group

@@ -1,26 +1,29 @@
 """Calibrated attention per token, with the documents read once and kept for the next query.
 
-Legend: K kept heads, T tokens of the shared part (documents), N documents.
+Legend: K kept heads, T tokens of the shared part (documents), N documents, B queries.
 """
 
 import threading
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from jaxtyping import Float
 from torch import Tensor
 
-from qr_integrations.backend import AttentionTap, Backend, Prefix
+from qr_integrations.backend import Backend, Prefix, Trunk, Wanted
 from qr_integrations.retrieval.heads import HeadSet
 from qr_integrations.retrieval.layout import PromptLayout, PromptStyle, PromptWriter, Query
+from qr_integrations.retrieval.merging import on_one_scale
 from qr_integrations.retrieval.refinements import PUBLISHED, Refinements, average_orders, orders_of, token_weights
 from qr_integrations.retrieval.scoring import calibrate
-from qr_integrations.types import Document, Span
+from qr_integrations.types import Document
 
 NULL_QUERY = "N/A"
+_OTHER_QUERY = "who?"  # shares nothing with the null query
 _KEEP_LAYOUTS = 4
-_KEEP_NULLS = 8  # per list of documents: one per instruction, and those per head
+_KEEP_ASKED = 16  # per list of documents: with or without an instruction, summed or per head
 Contents = tuple[tuple[str | None, str], ...]
 
 
@@ -30,13 +33,25 @@ def contents(documents: Sequence[Document]) -> Contents:
 
 
 @dataclass(slots=True)
-class _Known:
-    """What is known about one list of documents, whatever the query."""
+class Reading:
+    """One list of documents in a prompt, whatever the query. Its prefix, once there, is never changed.
+
+    Attributes:
+        documents: as they stand in the prompt.
+        layout: with the null query.
+        prefix: keys and values of everything before the query; None until they are needed.
+    """
 
     documents: tuple[Document, ...]
-    layout: PromptLayout  # of the null query
+    layout: PromptLayout
     prefix: Prefix | None = None
-    null: dict[tuple[bool, str | None], Tensor] = field(default_factory=dict)  # per head?, instruction -> scores
+    asked: OrderedDict[tuple[str, bool, str | None], Any] = field(default_factory=OrderedDict, repr=False)
+    lock: threading.RLock = field(default_factory=threading.RLock, repr=False)
+
+    @property
+    def shared_ids(self) -> tuple[int, ...]:
+        """The tokens before the query."""
+        return self.layout.token_ids[self.layout.shared.slice()]
 
 
 class TokenScorer:
@@ -46,8 +61,9 @@ class TokenScorer:
     2609.17764): 0 leaves it out, so that what the instruction asks for counts; 1 keeps it, so that only what the
     question adds to it counts; between, two null queries are mixed.
 
-    The keys and values of the documents, and the null query's scores, are kept for the last `keep_prefixes` lists, so
-    that another query over the same documents costs its own tokens only. Safe to share between threads.
+    The keys and values of the documents, the null query's scores, and what all queries begin with, are kept for the
+    last `keep_prefixes` lists, so that another query over the same documents costs its own words only. Safe to share
+    between threads.
     """
 
     def __init__(
@@ -65,7 +81,7 @@ class TokenScorer:
         self.null_instruction, self.refinements = null_instruction, refinements
         self._writer = PromptWriter(backend, replace(style, blocks=refinements.layout == "block"))
         self._keep = keep_prefixes * refinements.orders
-        self._known: OrderedDict[Contents, _Known] = OrderedDict()
+        self._known: OrderedDict[Contents, Reading] = OrderedDict()
         self._lock = threading.Lock()
 
     def layout(self, query: Query, documents: Sequence[Document]) -> PromptLayout:
@@ -85,79 +101,206 @@ class TokenScorer:
             orders = orders_of(documents, self.refinements.orders)
             read = [self._score(query, [documents[i] for i in order], per_head) for order in orders]
             layout, scores_KT = average_orders([one for one, _ in read], [scores for _, scores in read], orders)
-        weights_T = token_weights(layout, query.text, self.refinements)
-        return layout, scores_KT if weights_T is None else scores_KT * weights_T.to(scores_KT.device)
+        return layout, self._weighted(layout, query, scores_KT)
 
     def _score(self, query: Query, documents: Sequence[Document], per_head: bool) -> tuple[PromptLayout, Tensor]:
         """The documents read in one order."""
-        known = self._recall(documents)
-        layout = self._layout(known, query)
-        with self._lock:  # of several threads with the same documents, one reads them
-            shared = layout.token_ids[layout.shared.slice()]
-            if known.prefix is None or known.prefix.token_ids != shared:
-                known.prefix = self._read(shared, layout.blocks)
-            nulls = [(w, self._null(known, per_head, text)) for w, text in self._null_weights(query)]
-            prefix = known.prefix
+        reading = self._recall(documents)
+        self.read(reading)
+        with self._lock:
             self._trim()
-        scores_KT = self._attention(layout, prefix, per_head)
-        for weight, null_KT in nulls:
-            scores_KT = calibrate(scores_KT, null_KT, weight)
-        return layout, scores_KT
+        return self._of_reading(reading, [query], per_head)[0]
 
-    def _read(self, shared: tuple[int, ...], blocks: tuple[Span, ...]) -> Prefix:
-        top_layer = self.heads.top_layer
-        if blocks:
-            return self.backend.prefill_blocks(shared, blocks, top_layer=top_layer)
-        return self.backend.prefill(shared, top_layer=top_layer)
+    def lay_out(self, documents: Sequence[Document]) -> Reading:
+        """A prompt over documents, not yet read; the caller keeps it."""
+        return Reading(tuple(documents), self._writer.write(Query(NULL_QUERY), documents))
+
+    def read(self, reading: Reading) -> None:
+        """Compute its prefix, unless it is there: of several threads with the same documents, one reads them."""
+        with reading.lock:
+            if reading.prefix is None:
+                reading.prefix = self.prefill(reading.layout)
+
+    def prefill(self, layout: PromptLayout, reuse: Prefix | None = None) -> Prefix:
+        """Read what stands before the query; of `reuse`, what it begins with is not read again."""
+        shared, top_layer = layout.token_ids[layout.shared.slice()], self.heads.top_layer
+        if layout.blocks:
+            return self.backend.prefill_blocks(shared, layout.blocks, top_layer=top_layer)
+        return self.backend.prefill(shared, top_layer=top_layer, reuse=reuse)
+
+    def score_windows(
+        self, readings: Sequence[Reading], queries: Sequence[Query], *, one_scale: bool = True
+    ) -> list[list[tuple[PromptLayout, Float[Tensor, "1 _"]]]]:
+        """As `score`, for several queries over windows that were read, in as few passes as possible.
+
+        Args:
+            readings: one or several windows, each with its prefix.
+            queries: all go through the model together, window by window.
+            one_scale: make the scores of several windows comparable, see `on_one_scale`.
+
+        Returns:
+            For each query, for each window.
+        """
+        if len(readings) == 1 or not one_scale:
+            by_window = [self._of_reading(reading, queries, per_head=False) for reading in readings]
+            found = [list(windows) for windows in zip(*by_window, strict=True)]
+        else:
+            found = self._on_one_scale(readings, queries)
+        return [
+            [(layout, self._weighted(layout, query, scores_KT)) for layout, scores_KT in windows]
+            for query, windows in zip(queries, found, strict=True)
+        ]
+
+    def _on_one_scale(
+        self, readings: Sequence[Reading], queries: Sequence[Query]
+    ) -> list[list[tuple[PromptLayout, Float[Tensor, "1 _"]]]]:
+        """The attention of the query, and that of each null query, as shares of all windows together; then the rest."""
+        layouts, rows = [], []
+        for reading in readings:
+            layouts.append([self._layout(reading, query) for query in queries])
+            rows.append(self._rows(reading, queries, layouts[-1], per_head=True))
+        found = []
+        for number, query in enumerate(queries):
+            mine = [window[number] for window in layouts]
+            spans = [layout.documents for layout in mine]
+            scores = on_one_scale([window[number] for window in rows], spans)
+            for weight, text in self._null_weights(query.instruction):
+                nulls = on_one_scale([self._null(reading, True, text) for reading in readings], spans)
+                scores = [calibrate(some, null, weight) for some, null in zip(scores, nulls, strict=True)]
+            found.append([(layout, one.sum(0, keepdim=True)) for layout, one in zip(mine, scores, strict=True)])
+        return found
+
+    def _of_reading(
+        self, reading: Reading, queries: Sequence[Query], per_head: bool
+    ) -> list[tuple[PromptLayout, Float[Tensor, "K _"]]]:
+        """Calibrated scores of several queries over one window."""
+        layouts = [self._layout(reading, query) for query in queries]
+        found = []
+        rows = self._rows(reading, queries, layouts, per_head)
+        for query, layout, scores_KT in zip(queries, layouts, rows, strict=True):
+            for weight, text in self._null_weights(query.instruction):
+                scores_KT = calibrate(scores_KT, self._null(reading, per_head, text), weight)
+            found.append((layout, scores_KT))
+        return found
+
+    def _rows(
+        self, reading: Reading, queries: Sequence[Query], layouts: Sequence[PromptLayout], per_head: bool
+    ) -> list[Float[Tensor, "K _"]]:
+        """What each query pays to the tokens before it; those with the same instruction share a pass."""
+        rows: dict[int, Tensor] = {}
+        for instruction in dict.fromkeys(query.instruction for query in queries):
+            mine = [i for i, query in enumerate(queries) if query.instruction == instruction]
+            some = self._attention(reading, [layouts[i] for i in mine], instruction, per_head)
+            rows.update(zip(mine, some, strict=True))
+        return [rows[i] for i in range(len(queries))]
 
     def forget(self) -> None:
         """Free what is kept."""
         with self._lock:
             self._known.clear()
 
-    def _null_weights(self, query: Query) -> list[tuple[float, str | None]]:
+    def _null_weights(self, instruction: str | None) -> list[tuple[float, str | None]]:
         """The null queries to subtract, by their instruction, and how much of each."""
         if not self.calibrated:
             return []
-        kept = self.null_instruction if query.instruction else 0.0
-        return [(weight, text) for weight, text in ((1.0 - kept, None), (kept, query.instruction)) if weight > 0.0]
+        kept = self.null_instruction if instruction else 0.0
+        return [(weight, text) for weight, text in ((1.0 - kept, None), (kept, instruction)) if weight > 0.0]
 
-    def _null(self, known: _Known, per_head: bool, instruction: str | None) -> Float[Tensor, "K T"]:
-        """What the null query attends to, computed once per list of documents and instruction."""
-        key = per_head, instruction
-        if key not in known.null:
-            assert known.prefix is not None
-            layout = self._layout(known, Query(NULL_QUERY, instruction)) if instruction else known.layout
-            known.null[key] = self._attention(layout, known.prefix, per_head)
-        known.null[key] = scores_KT = known.null.pop(key)  # the latest stands last
-        while len(known.null) > _KEEP_NULLS:
-            del known.null[next(iter(known.null))]
-        return scores_KT
+    def _trunk(self, reading: Reading, per_head: bool, instruction: str | None) -> Trunk | None:
+        """The words that all queries with this instruction begin with, read once."""
 
-    def _attention(self, layout: PromptLayout, prefix: Prefix, per_head: bool) -> Float[Tensor, "K T"]:
-        tap = AttentionTap(self.heads.heads, layout.query)
-        rows = self.backend.forward(layout.token_ids[len(prefix) :], tap=tap, prefix=prefix)
-        scores_KT = rows[0, :, layout.shared.slice()]
-        return scores_KT if per_head else scores_KT.sum(0, keepdim=True)
+        def read() -> Trunk | None:
+            one, other = (_tail(self._layout(reading, Query(q, instruction))) for q in (NULL_QUERY, _OTHER_QUERY))
+            assert reading.prefix is not None
+            return self.backend.read_trunk(_common(one, other), Wanted(self.heads.heads, per_head), reading.prefix)
 
-    def _layout(self, known: _Known, query: Query) -> PromptLayout:
-        return self._writer.rewrite(known.layout, query, known.documents)
+        found: Trunk | None = _once(reading, ("trunk", per_head, instruction), read)
+        return found
 
-    def _recall(self, documents: Sequence[Document]) -> _Known:
+    def _null(self, reading: Reading, per_head: bool, instruction: str | None) -> Float[Tensor, "K T"]:
+        """What the null query attends to."""
+
+        def read() -> Tensor:
+            layout = self._layout(reading, Query(NULL_QUERY, instruction))
+            return self._attention(reading, [layout], instruction, per_head)[0]
+
+        null_KT: Tensor = _once(reading, ("null", per_head, instruction), read)
+        return null_KT
+
+    def _attention(
+        self, reading: Reading, layouts: Sequence[PromptLayout], instruction: str | None, per_head: bool
+    ) -> list[Float[Tensor, "K _"]]:
+        """What each query pays to the tokens before it; a query whose first token changes those reads its own."""
+        assert reading.prefix is not None
+        alike = [layout.token_ids[layout.shared.slice()] == reading.prefix.token_ids for layout in layouts]
+        same = [layout for layout, is_alike in zip(layouts, alike, strict=True) if is_alike]
+        trunk = self._trunk(reading, per_head, instruction)
+        found: Iterator[Tensor] = iter(self._branches(reading.prefix, same, trunk, per_head) if same else ())
+        return [
+            next(found)
+            if is_alike
+            else self._branches(self.prefill(layout, reading.prefix), [layout], None, per_head)[0]
+            for layout, is_alike in zip(layouts, alike, strict=True)
+        ]
+
+    def _alone(self, layout: PromptLayout, known: Prefix, per_head: bool) -> Float[Tensor, "K _"]:
+        return self._branches(self.prefill(layout, known), [layout], None, per_head)[0]
+
+    def _branches(
+        self, prefix: Prefix, layouts: Sequence[PromptLayout], trunk: Trunk | None, per_head: bool
+    ) -> Float[Tensor, "B K T"]:
+        tails = [_tail(layout) for layout in layouts]
+        shared = trunk.token_ids if trunk else ()
+        if any(tail[: len(shared)] != shared or len(tail) == len(shared) for tail in tails):
+            trunk = None  # a query that melts into one token with the words before it
+        return self.backend.forward_branches(tails, Wanted(self.heads.heads, per_head), prefix=prefix, trunk=trunk)
+
+    def _weighted(self, layout: PromptLayout, query: Query, scores_KT: Float[Tensor, "K T"]) -> Float[Tensor, "K T"]:
+        weights_T = token_weights(layout, query.text, self.refinements)
+        return scores_KT if weights_T is None else scores_KT * weights_T.to(scores_KT.device)
+
+    def _layout(self, reading: Reading, query: Query) -> PromptLayout:
+        return self._writer.rewrite(reading.layout, query, reading.documents)
+
+    def _recall(self, documents: Sequence[Document]) -> Reading:
         key = contents(documents)
         with self._lock:
-            known = self._known.get(key)
-        if known is None:
-            known = _Known(tuple(documents), self._writer.write(Query(NULL_QUERY), documents))
+            reading = self._known.get(key)
+        if reading is None:
+            reading = self.lay_out(documents)
         with self._lock:
-            known = self._known.setdefault(key, known)  # another thread may have laid out the same list meanwhile
+            reading = self._known.setdefault(key, reading)  # another thread may have laid out the same list meanwhile
             self._known.move_to_end(key)
             self._trim()
-        return known
+        return reading
 
     def _trim(self) -> None:
         """Drop the oldest lists beyond what may be kept. Lists that were only laid out, not read, count apart."""
         for is_read, limit in ((True, self._keep), (False, _KEEP_LAYOUTS)):
-            keys = [key for key, known in self._known.items() if (known.prefix is not None) == is_read]
+            keys = [key for key, reading in self._known.items() if (reading.prefix is not None) == is_read]
             for key in keys[: max(0, len(keys) - limit)]:
                 del self._known[key]
+
+
+def _once(reading: Reading, key: tuple[str, bool, str | None], make: Callable[[], Any]) -> Any:
+    """What is made once per list of documents; the latest stand last."""
+    with reading.lock:
+        if key not in reading.asked:
+            made = make()
+            while len(reading.asked) >= _KEEP_ASKED:
+                reading.asked.popitem(last=False)
+            reading.asked[key] = made
+        reading.asked.move_to_end(key)
+        return reading.asked[key]
+
+
+def _tail(layout: PromptLayout) -> tuple[int, ...]:
+    return layout.token_ids[layout.shared.stop :]
+
+
+def _common(one: tuple[int, ...], other: tuple[int, ...]) -> tuple[int, ...]:
+    """What both begin with, without the last token of the shorter."""
+    length = next(
+        (i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)) - 1
+    )
+    return one[:length]

@@ -193,10 +193,11 @@ def test_known_documents_are_not_read_again_for_another_instruction(qr_mini: Any
         }
         null = len(reranker._scorer.layout(query("N/A", VAMPIRES), documents()).query)
         reranker.rank(QUERY, DOCUMENTS, instruction=VAMPIRES)
-        assert lengths_read == ([null] if kept else []) + [own[VAMPIRES]]  # the null query's tokens and the query's own
+        trunk = max(lengths_read)  # the task and the instruction; then what the null query adds to it, and the query
+        assert lengths_read == [trunk] + ([null - trunk] if kept else []) + [own[VAMPIRES] - trunk]
         lengths_read.clear()
         reranker.rank(QUERY, DOCUMENTS, instruction=VAMPIRES)
-        assert lengths_read == [own[VAMPIRES]]
+        assert lengths_read == [own[VAMPIRES] - trunk]
 
 
 def test_many_instructions_take_no_more_memory_than_some(qr_mini: Any) -> None:
@@ -208,7 +209,7 @@ def test_many_instructions_take_no_more_memory_than_some(qr_mini: Any) -> None:
     for number in range(40):
         reranker.rank(QUERY, DOCUMENTS, instruction=f"Only chapter {number} is relevant.")
         (known,) = reranker._scorer._known.values()
-        counts.append(len(known.null))
+        counts.append(len(known.asked))
     assert max(counts) == counts[20] == counts[39] < 20
     assert scores(reranker.rank(QUERY, DOCUMENTS, instruction=VAMPIRES)) == pytest.approx(first, abs=1e-6)
 

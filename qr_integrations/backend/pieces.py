@@ -1,0 +1,175 @@
+"""A prefix cut into pieces that are kept one by one, and pieces put together to a prefix.
+
+Legend: G key/value heads, T tokens, D head width.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+from qr_integrations.backend.prefix import Prefix, StoredLayer
+from qr_integrations.backend.stored import KeptDtype, Stored
+from qr_integrations.errors import UnsupportedModelError
+from qr_integrations.types import Span
+
+Rotate = Callable[[Tensor, int, int], Tensor]
+"""``(keys, layer, by)``: the keys of a layer as if their tokens stood `by` further on."""
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Keys and values of tokens that follow each other.
+
+    Attributes:
+        token_ids: T of them.
+        position: where the first one stands.
+        keys: of layers 0..top_layer; at the top perhaps only those of the heads that are read.
+        values: of the same layers; None at the top, where they are not read.
+    """
+
+    token_ids: tuple[int, ...]
+    position: int
+    keys: tuple[Stored, ...]
+    values: tuple[Stored | None, ...]
+
+    def __len__(self) -> int:
+        return len(self.token_ids)
+
+    @property
+    def top_layer(self) -> int:
+        """The deepest layer that is kept."""
+        return len(self.keys) - 1
+
+    @property
+    def num_bytes(self) -> int:
+        """What its keys and values take in memory."""
+        return sum(stored.num_bytes for stored in (*self.keys, *self.values) if stored is not None)
+
+    @property
+    def shape(self) -> tuple[Any, ...]:
+        """What two pieces must share to stand in one prefix."""
+        return tuple((None if s is None else (s.steps.dtype, s.steps.shape[1])) for s in (*self.keys, *self.values))
+
+    def own(self) -> "Piece":
+        """The same in memory of its own."""
+        return self._each(Stored.own)
+
+    def to(self, device: torch.device) -> "Piece":
+        """On another device."""
+        return self._each(lambda stored: stored.to(device))
+
+    def _each(self, change: Callable[[Stored], Stored]) -> "Piece":
+        values = tuple(None if value is None else change(value) for value in self.values)
+        return Piece(self.token_ids, self.position, tuple(map(change, self.keys)), values)
+
+
+def cut(
+    prefix: Prefix,
+    spans: Sequence[Span],
+    *,
+    dtype: KeptDtype = "auto",
+    top_heads: Sequence[int] | None = None,
+) -> list[Piece]:
+    """The pieces of a prefix that `spans` name, in views of its memory unless `dtype` or `top_heads` ask for less.
+
+    Args:
+        prefix: what was read.
+        spans: tokens of it.
+        dtype: how keys and values are kept.
+        top_heads: key/value heads of the top layer that are read; None keeps all.
+
+    Raises:
+        UnsupportedModelError: the prefix holds states of recurrent layers, or none at all.
+    """
+    if prefix.cache is None or not prefix.is_plain:
+        raise UnsupportedModelError(
+            "this model's layers keep more than keys and values of single tokens, which cannot be cut: rank with a "
+            "reranker, which reads the documents anew"
+        )
+    layers: list[Any] = prefix.cache.layers
+    keys = [Stored.of(layer.keys, dtype) for layer in layers[:-1]]
+    top = layers[-1].keys if top_heads is None else layers[-1].keys[:, list(top_heads)]
+    keys.append(Stored.of(top, dtype))
+    values = [Stored.of(layer.values, dtype) if layer.values.shape[-2] else None for layer in layers]
+    return [
+        Piece(
+            prefix.token_ids[span.slice()],
+            prefix.position_of(span.start),
+            tuple(stored.tokens(span.start, span.stop) for stored in keys),
+            tuple(None if stored is None else stored.tokens(span.start, span.stop) for stored in values),
+        )
+        for span in spans
+    ]
+
+
+def join(
+    pieces: Sequence[Piece],
+    *,
+    dtype: torch.dtype,
+    next_position: int | None = None,
+    top_heads: tuple[int, ...] | None = None,
+    num_top_heads: int | None = None,
+    positions: Sequence[int] | None = None,
+    rotate: Rotate | None = None,
+) -> Prefix:
+    """A prefix of pieces that were kept, side by side.
+
+    What is read behind it sees all of them. They do not see each other unless they did when they were read.
+
+    Args:
+        pieces: in the order in which they stand; at least one.
+        dtype: in which a pass reads them.
+        next_position: where the next token stands; None: behind the last of all positions. Pieces that stand one
+            behind the other from position 0 give a prefix like any other.
+        top_heads: which key/value heads of the top layer the pieces hold; None: all.
+        num_top_heads: how many that layer has; with `top_heads`.
+        positions: where each piece is to begin, if not where it was read; moves keys with `rotate`.
+        rotate: needed with `positions`.
+    """
+    placed = list(pieces)
+    if positions is not None:
+        assert rotate is not None
+        placed = [_moved(piece, to, rotate, dtype) for piece, to in zip(pieces, positions, strict=True)]
+    cache = DynamicCache()
+    last = len(placed[0].keys) - 1
+    cache.layers = [
+        StoredLayer(
+            Stored.joined([piece.keys[layer] for piece in placed]),
+            _joined([piece.values[layer] for piece in placed]),
+            dtype,
+            top_heads if layer == last else None,
+            num_top_heads,
+        )
+        for layer in range(last + 1)
+    ]
+    token_ids = tuple(token for piece in placed for token in piece.token_ids)
+    behind = max(piece.position + len(piece) for piece in placed) if next_position is None else next_position
+    starts = accumulate((len(piece) for piece in placed), initial=0)
+    plain = behind == len(token_ids) and all(p.position == start for p, start in zip(placed, starts, strict=False))
+    return Prefix(token_ids, last, cache, next_position=None if plain else behind)
+
+
+def _joined(parts: Sequence[Stored | None]) -> Stored | None:
+    whole = [part for part in parts if part is not None]
+    return Stored.joined(whole) if whole else None
+
+
+def _moved(piece: Piece, to: int, rotate: Rotate, dtype: torch.dtype) -> Piece:
+    by = to - piece.position
+    if not by:
+        return piece
+    kept: KeptDtype = "int8" if piece.keys[0].scale is not None else "auto"
+    keys = [
+        Stored.of(rotate(stored.read(torch.float32), layer, by).to(_kept_as(stored, dtype)), kept)
+        for layer, stored in enumerate(piece.keys)
+    ]
+    return Piece(piece.token_ids, to, tuple(keys), piece.values)
+
+
+def _kept_as(stored: Stored, dtype: torch.dtype) -> torch.dtype:
+    return dtype if stored.scale is not None else stored.steps.dtype
