@@ -78,7 +78,7 @@ def cut(
     """The pieces of a prefix that `spans` name, in views of its memory unless `dtype` or `top_heads` ask for less.
 
     Args:
-        prefix: what was read.
+        prefix: what was read; keys and values that are stored already stay as they are.
         spans: tokens of it.
         dtype: how keys and values are kept.
         top_heads: key/value heads of the top layer that are read; None keeps all.
@@ -92,10 +92,8 @@ def cut(
             "reranker, which reads the documents anew"
         )
     layers: list[Any] = prefix.cache.layers
-    keys = [Stored.of(layer.keys, dtype) for layer in layers[:-1]]
-    top = layers[-1].keys if top_heads is None else layers[-1].keys[:, list(top_heads)]
-    keys.append(Stored.of(top, dtype))
-    values = [Stored.of(layer.values, dtype) if layer.values.shape[-2] else None for layer in layers]
+    keys = [_keys_of(layer, dtype, None if layer is not layers[-1] else top_heads) for layer in layers]
+    values = [_values_of(layer, dtype) for layer in layers]
     return [
         Piece(
             prefix.token_ids[span.slice()],
@@ -105,6 +103,18 @@ def cut(
         )
         for span in spans
     ]
+
+
+def _keys_of(layer: Any, dtype: KeptDtype, heads: Sequence[int] | None) -> Stored:
+    if isinstance(layer, StoredLayer) and (layer.heads is None) == (heads is None):
+        return layer.stored_keys  # kept so already
+    return Stored.of(layer.keys if heads is None else layer.keys[:, list(heads)], dtype)
+
+
+def _values_of(layer: Any, dtype: KeptDtype) -> Stored | None:
+    if isinstance(layer, StoredLayer):
+        return layer.stored_values
+    return Stored.of(layer.values, dtype) if layer.values.shape[-2] else None
 
 
 def join(

@@ -4,7 +4,7 @@ Legend: B batch, K heads, Q rows, S tokens of this pass, T all tokens.
 """
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Literal
@@ -89,6 +89,8 @@ class Reader(OpenedModel):
         top_layer: int,
         reuse: Prefix | None = None,
         chunk_tokens: int | Literal["auto"] | None = "auto",
+        values: bool = False,
+        progress: Callable[[int], None] | None = None,
     ) -> Prefix:
         """Read a text once, layers 0..top_layer, for many passes to stand on. The top layer computes its keys only.
 
@@ -98,13 +100,17 @@ class Reader(OpenedModel):
             reuse: an earlier prefix; its common beginning is not computed again.
             chunk_tokens: tokens per pass; ``"auto"`` is 1024 on a CPU, and elsewhere all at once where the kernel then
                 needs no mask, else 2048; None reads all at once.
+            values: keep the top layer's values too, for passes through the layers above.
+            progress: called with the number of tokens read by each pass.
         """
         self.check_heads([(top_layer, 0)])
         token_ids = tuple(token_ids)
         reuse = reuse.beginning_of(token_ids) if reuse is not None and reuse.top_layer == top_layer else None
         if reuse is not None and len(reuse) == len(token_ids):
             return reuse
-        cache = reuse.growing() if reuse else new_cache(self.config, top_layer, self._continuation(top_layer))
+        kept = self._continuation(top_layer)
+        kept = "values" if values and kept == "keys" else kept
+        cache = reuse.growing() if reuse else new_cache(self.config, top_layer, kept)
         if cache is None:
             return Prefix(token_ids, top_layer, None)
         done = len(reuse) if reuse else 0
@@ -112,10 +118,14 @@ class Reader(OpenedModel):
         for start in range(done, len(token_ids), step):
             ids = self._batched(token_ids[start : start + step])
             self._run(ids, cache, start, None, tap=None, stop_after=top_layer)
+            if progress is not None:
+                progress(ids.shape[1])
         return Prefix(token_ids, top_layer, cache)
 
     @torch.no_grad()
-    def prefill_blocks(self, token_ids: Sequence[int], blocks: Sequence[Span], *, top_layer: int) -> Prefix:
+    def prefill_blocks(
+        self, token_ids: Sequence[int], blocks: Sequence[Span], *, top_layer: int, values: bool = False
+    ) -> Prefix:
         """Read a beginning and, behind it, blocks that do not see each other; all start at the same position.
 
         What is read afterwards sees the beginning and all blocks, whose order makes no difference to it.
@@ -124,12 +134,13 @@ class Reader(OpenedModel):
             token_ids: beginning and blocks, ``[T]``.
             blocks: one after the other, from the end of the beginning to the end of `token_ids`; at least one.
             top_layer: the deepest layer that will be tapped.
+            values: keep the top layer's values too.
 
         Raises:
             UnsupportedModelError: the model's layers are recurrent, or see fewer tokens back than there are.
         """
         token_ids = tuple(token_ids)
-        beginning = self.prefill(token_ids[: blocks[0].start], top_layer=top_layer)
+        beginning = self.prefill(token_ids[: blocks[0].start], top_layer=top_layer, values=values)
         return read_blocks(self._run, beginning, token_ids, blocks, self.config)
 
     @torch.no_grad()

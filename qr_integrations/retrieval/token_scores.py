@@ -121,12 +121,27 @@ class TokenScorer:
             if reading.prefix is None:
                 reading.prefix = self.prefill(reading.layout)
 
-    def prefill(self, layout: PromptLayout, reuse: Prefix | None = None) -> Prefix:
-        """Read what stands before the query; of `reuse`, what it begins with is not read again."""
-        shared, top_layer = layout.token_ids[layout.shared.slice()], self.heads.top_layer
+    def prefill(
+        self,
+        layout: PromptLayout,
+        reuse: Prefix | None = None,
+        *,
+        whole: bool = False,
+        progress: Callable[[int], None] | None = None,
+    ) -> Prefix:
+        """Read what stands before the query.
+
+        Args:
+            layout: the prompt.
+            reuse: what it begins with of these tokens is not read again.
+            whole: through all layers, so that the model can answer behind it.
+            progress: called with the number of tokens read by each pass.
+        """
+        shared = layout.token_ids[layout.shared.slice()]
+        top_layer = max(self.backend.attention_layers) if whole else self.heads.top_layer
         if layout.blocks:
-            return self.backend.prefill_blocks(shared, layout.blocks, top_layer=top_layer)
-        return self.backend.prefill(shared, top_layer=top_layer, reuse=reuse)
+            return self.backend.prefill_blocks(shared, layout.blocks, top_layer=top_layer, values=whole)
+        return self.backend.prefill(shared, top_layer=top_layer, reuse=reuse, values=whole, progress=progress)
 
     def score_windows(
         self, readings: Sequence[Reading], queries: Sequence[Query], *, one_scale: bool = True

@@ -193,8 +193,8 @@ def test_known_documents_are_not_read_again_for_another_instruction(qr_mini: Any
         }
         null = len(reranker._scorer.layout(query("N/A", VAMPIRES), documents()).query)
         reranker.rank(QUERY, DOCUMENTS, instruction=VAMPIRES)
-        trunk = max(lengths_read)  # the task and the instruction; then what the null query adds to it, and the query
-        assert lengths_read == [trunk] + ([null - trunk] if kept else []) + [own[VAMPIRES] - trunk]
+        trunk = max(lengths_read)  # the task and the instruction; then the query, and what the null query adds to it
+        assert lengths_read == [trunk, own[VAMPIRES] - trunk] + ([null - trunk] if kept else [])
         lengths_read.clear()
         reranker.rank(QUERY, DOCUMENTS, instruction=VAMPIRES)
         assert lengths_read == [own[VAMPIRES] - trunk]

@@ -70,7 +70,7 @@ def test_known_documents_are_not_read_again(qr_mini: Any, lengths_read: list[int
     lengths_read.clear()
     reranker.rank(QUERIES[0], DOCUMENTS)
     layout = reranker._scorer.layout(Query(QUERIES[0]), _documents())
-    documents, task, null, own = lengths_read
+    documents, task, own, null = lengths_read
     assert (documents, task + own) == (len(layout.shared), len(layout.query)) and 0 < null < task
     lengths_read.clear()
     reranker.rank(QUERIES[0], DOCUMENTS)
@@ -78,7 +78,7 @@ def test_known_documents_are_not_read_again(qr_mini: Any, lengths_read: list[int
     reranker.forget()
     lengths_read.clear()
     reranker.rank(QUERIES[0], DOCUMENTS)
-    assert lengths_read == [documents, task, null, own]
+    assert lengths_read == [documents, task, own, null]
 
 
 def test_keep_prefixes_counts_what_was_read(qr_mini: Any, monkeypatch: pytest.MonkeyPatch) -> None:
