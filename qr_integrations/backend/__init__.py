@@ -7,7 +7,8 @@ only attention that goes through transformers' attention interface.
 from qr_integrations.backend.attention_tap import AttentionTap
 from qr_integrations.backend.backend import Backend
 from qr_integrations.backend.branches import Trunk, Wanted
-from qr_integrations.backend.pieces import Piece, cut, join
+from qr_integrations.backend.identity import ModelIdentity
+from qr_integrations.backend.pieces import Piece, cut, join, moved, pack
 from qr_integrations.backend.prefix import Prefix
 from qr_integrations.backend.stored import KeptDtype, Stored, check_kept_dtype
 
@@ -15,6 +16,7 @@ __all__ = [
     "AttentionTap",
     "Backend",
     "KeptDtype",
+    "ModelIdentity",
     "Piece",
     "Prefix",
     "Stored",
@@ -23,4 +25,6 @@ __all__ = [
     "check_kept_dtype",
     "cut",
     "join",
+    "moved",
+    "pack",
 ]

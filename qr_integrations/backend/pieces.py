@@ -4,7 +4,7 @@ Legend: G key/value heads, T tokens, D head width.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Any
 
@@ -106,26 +106,39 @@ def cut(
 
 
 def _keys_of(layer: Any, dtype: KeptDtype, heads: Sequence[int] | None) -> Stored:
-    if isinstance(layer, StoredLayer) and (layer.heads is None) == (heads is None):
-        return layer.stored_keys  # kept so already
+    if isinstance(layer, StoredLayer):
+        return layer.stored_keys
     return Stored.of(layer.keys if heads is None else layer.keys[:, list(heads)], dtype)
 
 
 def _values_of(layer: Any, dtype: KeptDtype) -> Stored | None:
     if isinstance(layer, StoredLayer):
         return layer.stored_values
-    return Stored.of(layer.values, dtype) if layer.values.shape[-2] else None
+    return Stored.of(layer.values, dtype) if layer.values.numel() else None
+
+
+def pack(prefix: Prefix, *, dtype: KeptDtype = "auto", top_heads: tuple[int, ...] | None = None) -> Prefix:
+    """The same prefix, its keys and values kept as `dtype` and `top_heads` ask, cast whenever a pass reads them.
+
+    Raises:
+        UnsupportedModelError: as `cut`.
+    """
+    whole = cut(prefix, [Span(0, len(prefix))], dtype=dtype, top_heads=top_heads)
+    assert prefix.cache is not None
+    top: Any = prefix.cache.layers[-1]
+    num_heads = top.num_heads if isinstance(top, StoredLayer) and top.heads is not None else top.keys.shape[1]
+    packed = join(whole, dtype=top.dtype, top_heads=top_heads, num_top_heads=num_heads)
+    return replace(packed, blocks=prefix.blocks, next_position=prefix.next_position)
 
 
 def join(
     pieces: Sequence[Piece],
     *,
     dtype: torch.dtype,
+    blocks: tuple[Span, ...] = (),
     next_position: int | None = None,
     top_heads: tuple[int, ...] | None = None,
     num_top_heads: int | None = None,
-    positions: Sequence[int] | None = None,
-    rotate: Rotate | None = None,
 ) -> Prefix:
     """A prefix of pieces that were kept, side by side.
 
@@ -134,52 +147,46 @@ def join(
     Args:
         pieces: in the order in which they stand; at least one.
         dtype: in which a pass reads them.
-        next_position: where the next token stands; None: behind the last of all positions. Pieces that stand one
-            behind the other from position 0 give a prefix like any other.
+        blocks: those that share positions, as tokens of the whole.
+        next_position: where the next token stands; None: behind the last of all positions.
         top_heads: which key/value heads of the top layer the pieces hold; None: all.
         num_top_heads: how many that layer has; with `top_heads`.
-        positions: where each piece is to begin, if not where it was read; moves keys with `rotate`.
-        rotate: needed with `positions`.
     """
-    placed = list(pieces)
-    if positions is not None:
-        assert rotate is not None
-        placed = [_moved(piece, to, rotate, dtype) for piece, to in zip(pieces, positions, strict=True)]
     cache = DynamicCache()
-    last = len(placed[0].keys) - 1
+    last = pieces[0].top_layer
     cache.layers = [
         StoredLayer(
-            Stored.joined([piece.keys[layer] for piece in placed]),
-            _joined([piece.values[layer] for piece in placed]),
+            Stored.joined([piece.keys[layer] for piece in pieces]),
+            _joined([piece.values[layer] for piece in pieces]),
             dtype,
             top_heads if layer == last else None,
             num_top_heads,
         )
         for layer in range(last + 1)
     ]
-    token_ids = tuple(token for piece in placed for token in piece.token_ids)
-    behind = max(piece.position + len(piece) for piece in placed) if next_position is None else next_position
-    starts = accumulate((len(piece) for piece in placed), initial=0)
-    plain = behind == len(token_ids) and all(p.position == start for p, start in zip(placed, starts, strict=False))
-    return Prefix(token_ids, last, cache, next_position=None if plain else behind)
+    token_ids = tuple(token for piece in pieces for token in piece.token_ids)
+    prefix = Prefix(token_ids, last, cache, blocks)
+    behind = max(piece.position + len(piece) for piece in pieces) if next_position is None else next_position
+    starts = accumulate((len(piece) for piece in pieces), initial=0)
+    in_line = all(piece.position == prefix.position_of(start) for piece, start in zip(pieces, starts, strict=False))
+    plain = behind == prefix.num_positions and in_line
+    return prefix if plain else replace(prefix, next_position=behind)
+
+
+def moved(piece: Piece, to: int, rotate: Rotate) -> Piece:
+    """The piece as if it had been read from position `to` on, with nothing before it."""
+    by = to - piece.position
+    if not by:
+        return piece
+    keys = tuple(
+        Stored.of(rotate(stored.read(torch.float32), layer, by), "int8")
+        if stored.scale is not None
+        else Stored(rotate(stored.steps, layer, by))
+        for layer, stored in enumerate(piece.keys)
+    )
+    return Piece(piece.token_ids, to, keys, piece.values)
 
 
 def _joined(parts: Sequence[Stored | None]) -> Stored | None:
     whole = [part for part in parts if part is not None]
     return Stored.joined(whole) if whole else None
-
-
-def _moved(piece: Piece, to: int, rotate: Rotate, dtype: torch.dtype) -> Piece:
-    by = to - piece.position
-    if not by:
-        return piece
-    kept: KeptDtype = "int8" if piece.keys[0].scale is not None else "auto"
-    keys = [
-        Stored.of(rotate(stored.read(torch.float32), layer, by).to(_kept_as(stored, dtype)), kept)
-        for layer, stored in enumerate(piece.keys)
-    ]
-    return Piece(piece.token_ids, to, tuple(keys), piece.values)
-
-
-def _kept_as(stored: Stored, dtype: torch.dtype) -> torch.dtype:
-    return dtype if stored.scale is not None else stored.steps.dtype

@@ -69,9 +69,9 @@ class StoredLayer(DynamicLayer):
 
     @property
     def values(self) -> Tensor:
-        """``[1, G, T, D]``; T is 0 where none are kept."""
+        """``[1, G, T, D]``; D is 0 where none are kept."""
         if self.stored_values is None:
-            return self.stored_keys.steps[..., :0, :].to(self.dtype)
+            return self.stored_keys.steps[..., :0].to(self.dtype)
         return self.stored_values.read(self.dtype)
 
     @property

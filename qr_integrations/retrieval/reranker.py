@@ -40,7 +40,7 @@ class _Job:
     max_spans: int | None = None
 
 
-class _Entrant(NamedTuple):
+class Entrant(NamedTuple):
     """A document in one prompt: its best piece there, and what came of it."""
 
     piece: Candidate
@@ -73,7 +73,7 @@ class AttentionReranker:
         self.heads = HeadSet.resolve(heads, self.backend)
         self.instruction = instruction
         self.limits = replace(limits, max_context_tokens=max_context_tokens or self.backend.max_tokens)
-        self._scorer = TokenScorer(
+        self.scorer = TokenScorer(
             self.backend,
             self.heads,
             style,
@@ -123,19 +123,19 @@ class AttentionReranker:
             ScoreError: the model computed NaN.
         """
         given = as_documents(documents)
-        _check_query(query, top_k)
+        check_query(query, top_k)
         if max_spans is not None and max_spans < 1:
             raise InputError(f"max_spans must be at least 1, got {max_spans}: pass None for all spans")
         if not given:
             return Ranking(query, ())
         explained = int(explain) if explain is not True else top_k or len(given)
-        job = _Job(self._query(query, instruction), explained, max_spans)
+        job = _Job(self.query(query, instruction), explained, max_spans)
         limits = self.limits
         while True:
-            windows = self._fit(job.query, given, limits)
+            windows = self.fit(job.query, given, limits)
             try:
                 items = self._rank(job, windows, progress or _silent)
-                return Ranking(query, tuple(_explained(items, job.explained))).top(top_k)
+                return Ranking(query, tuple(explained_only(items, job.explained))).top(top_k)
             except MemoryLimitError:
                 if limits.truncation == "error" or (longest := _longest(windows)) < 2 * _LEAST_WINDOW:
                     raise
@@ -199,15 +199,15 @@ class AttentionReranker:
 
     def _per_head(self, query: str, documents: Sequence[DocumentLike]) -> tuple[PromptLayout, Float[Tensor, "K T"]]:
         given = as_documents(documents)
-        _check_query(query, None)
-        asked = self._query(query, None)
-        windows = self._fit(asked, given, self.limits)
+        check_query(query, None)
+        asked = self.query(query, None)
+        windows = self.fit(asked, given, self.limits)
         if len(windows) > 1 or len(windows[0]) > len(given):
             raise WindowError(
                 f"{len(given)} documents need {len(windows)} prompts, but heads are compared within one: pass fewer "
                 "documents, or truncation='head' with a smaller max_doc_tokens"
             )
-        return self._scorer.score(asked, [candidate.read for candidate in windows[0]], per_head=True)
+        return self.scorer.score(asked, [candidate.read for candidate in windows[0]], per_head=True)
 
     def explain(
         self, query: str, documents: Sequence[DocumentLike], index: int, *, instruction: str | None = None
@@ -222,39 +222,34 @@ class AttentionReranker:
             raise InputError(
                 f"there is no document #{index} among {len(given)}: pass ScoredDocument.index of a ranking"
             )
-        _check_query(query, None)
-        asked = self._query(query, instruction)
-        window = next(w for w in self._fit(asked, given, self.limits) if any(c.index == index for c in w))
-        layout, scores_KT = self._scorer.score(asked, [candidate.read for candidate in window])
+        check_query(query, None)
+        asked = self.query(query, instruction)
+        window = next(w for w in self.fit(asked, given, self.limits) if any(c.index == index for c in w))
+        layout, scores_KT = self.scorer.score(asked, [candidate.read for candidate in window])
         place = [candidate.index for candidate in window].index(index)
-        return _words(layout, scores_KT, place, window[place])
+        return words_of(layout, scores_KT, place, window[place])
+
+    @property
+    def refinements(self) -> Refinements:
+        """What differs from the published method."""
+        return self.scorer.refinements
 
     def forget(self) -> None:
         """Free the kept prefixes."""
-        self._scorer.forget()
+        self.scorer.forget()
 
-    def _query(self, query: str, instruction: str | None) -> Query:
+    def query(self, query: str, instruction: str | None) -> Query:
+        """With the reranker's own instruction, unless one is given."""
         return Query(query, self.instruction if instruction is None else instruction)
 
-    def _fit(self, query: Query, documents: Sequence[Document], limits: Limits) -> list[list[Candidate]]:
-        return fit(documents, lambda read: self._scorer.layout(query, read), limits)
+    def fit(self, query: Query, documents: Sequence[Document], limits: Limits) -> list[list[Candidate]]:
+        """Documents, or what is read of them, by window."""
+        return fit(documents, lambda read: self.scorer.layout(query, read), limits)
 
-    def _score(self, job: _Job, candidates: Sequence[Candidate], window: int) -> list[_Entrant]:
-        """One prompt, best first; of a document in several pieces, the best. A stable sort: ties keep their order."""
-        layout, scores_KT = self._scorer.score(job.query, [candidate.read for candidate in candidates])
-        scores = score_documents(scores_KT, layout.documents).tolist()
-        best: dict[int, int] = {}  # document -> place of its best piece in the prompt
-        for place in sorted(range(len(scores)), key=lambda place: -scores[place]):
-            best.setdefault(candidates[place].index, place)
-        entrants: list[_Entrant] = []
-        for index, place in best.items():
-            piece = candidates[place]
-            words = _words(layout, scores_KT, place, piece) if len(entrants) < job.explained else []
-            spans = tuple(strongest_spans(piece.given.text, words, job.max_spans))
-            tokens, cut = piece.document_tokens, piece.num_tokens_cut
-            item = ScoredDocument(index, scores[place], piece.given, tokens, cut, window, spans)
-            entrants.append(_Entrant(piece, item))
-        return entrants
+    def _score(self, job: _Job, candidates: Sequence[Candidate], window: int) -> list[Entrant]:
+        """One prompt, best first; of a document in several pieces, the best."""
+        layout, scores_KT = self.scorer.score(job.query, [candidate.read for candidate in candidates])
+        return entrants(candidates, layout, scores_KT, window, explained=job.explained, max_spans=job.max_spans)
 
     def _rank(self, job: _Job, windows: Sequence[Sequence[Candidate]], progress: Progress) -> Sequence[ScoredDocument]:
         if len(windows) > 1:
@@ -276,7 +271,7 @@ class AttentionReranker:
         progress(len(windows) + 1, len(windows) + 1)
         return final + _others(heats, final)
 
-    def _finalists(self, heats: Sequence[Sequence[_Entrant]], room: int) -> list[Candidate]:
+    def _finalists(self, heats: Sequence[Sequence[Entrant]], room: int) -> list[Candidate]:
         """The best of every window, then the second ... while they fit; each document once."""
         places = sorted(
             ((place, -entrant.item.score, entrant.piece) for heat in heats for place, entrant in enumerate(heat)),
@@ -291,7 +286,7 @@ class AttentionReranker:
         return list(chosen.values())
 
 
-def _explained(items: Sequence[ScoredDocument], count: int) -> list[ScoredDocument]:
+def explained_only(items: Sequence[ScoredDocument], count: int) -> list[ScoredDocument]:
     """Spans for the first `count` only: in the prompts before the last, others stood first."""
     return [replace(item, spans=()) if item.spans and place >= count else item for place, item in enumerate(items)]
 
@@ -300,7 +295,7 @@ def _longest(windows: Sequence[Sequence[Candidate]]) -> int:
     return max(sum(candidate.cost for candidate in window) for window in windows)
 
 
-def _others(heats: Sequence[Sequence[_Entrant]], final: Sequence[ScoredDocument]) -> list[ScoredDocument]:
+def _others(heats: Sequence[Sequence[Entrant]], final: Sequence[ScoredDocument]) -> list[ScoredDocument]:
     """The documents that did not reach the final, on its scale as far as that can be told."""
     reached = {item.index: item.score for item in final}
     others: dict[int, ScoredDocument] = {}
@@ -318,7 +313,38 @@ def _others(heats: Sequence[Sequence[_Entrant]], final: Sequence[ScoredDocument]
     return [replace(item, score=min(item.score, last)) for item in in_order]
 
 
-def _words(layout: PromptLayout, scores_KT: Float[Tensor, "K T"], place: int, piece: Candidate) -> list[ScoredSpan]:
+def entrants(
+    candidates: Sequence[Candidate],
+    layout: PromptLayout,
+    scores_KT: Float[Tensor, "K T"],
+    window: int,
+    *,
+    explained: int = 0,
+    max_spans: int | None = None,
+) -> list[Entrant]:
+    """The documents of one prompt, best first; of one in several pieces, the best. Ties keep their order.
+
+    Args:
+        candidates: as they stand in the prompt.
+        layout, scores_KT: its layout and the calibrated scores of its tokens.
+        window: its number.
+        explained: so many get spans, the strongest `max_spans` each.
+    """
+    scores = score_documents(scores_KT, layout.documents).tolist()
+    best: dict[int, int] = {}  # document -> place of its best piece in the prompt
+    for place in sorted(range(len(scores)), key=lambda place: -scores[place]):
+        best.setdefault(candidates[place].index, place)
+    found: list[Entrant] = []
+    for index, place in best.items():
+        piece = candidates[place]
+        words = words_of(layout, scores_KT, place, piece) if len(found) < explained else []
+        spans = tuple(strongest_spans(piece.given.text, words, max_spans))
+        tokens, cut = piece.document_tokens, piece.num_tokens_cut
+        found.append(Entrant(piece, ScoredDocument(index, scores[place], piece.given, tokens, cut, window, spans)))
+    return found
+
+
+def words_of(layout: PromptLayout, scores_KT: Float[Tensor, "K T"], place: int, piece: Candidate) -> list[ScoredSpan]:
     """The words of a document in the prompt, by their characters in the text that the caller gave."""
     read = layout.text[layout.texts[place].slice()]
     shift = piece.start + piece.read.text.index(read)  # a prompt may leave out white space at the ends
@@ -367,7 +393,12 @@ def _silent(done: int, total: int) -> None:
     pass
 
 
-def _check_query(query: str, top_k: int | None) -> None:
+def check_query(query: str, top_k: int | None) -> None:
+    """Something is asked, and something wanted.
+
+    Raises:
+        InputError: no query, half a character in it, or no document wanted.
+    """
     if not isinstance(query, str) or not query.strip():
         raise InputError(f"the query is empty ({query!r}): pass what is asked as a string")
     _check_encodes("the query", query)

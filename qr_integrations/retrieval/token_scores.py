@@ -12,10 +12,10 @@ from typing import Any
 from jaxtyping import Float
 from torch import Tensor
 
-from qr_integrations.backend import Backend, Prefix, Trunk, Wanted
+from qr_integrations.backend import AttentionTap, Backend, Prefix, Trunk, Wanted
 from qr_integrations.retrieval.heads import HeadSet
 from qr_integrations.retrieval.layout import PromptLayout, PromptStyle, PromptWriter, Query
-from qr_integrations.retrieval.merging import on_one_scale
+from qr_integrations.retrieval.merging import Shares, on_one_scale
 from qr_integrations.retrieval.refinements import PUBLISHED, Refinements, average_orders, orders_of, token_weights
 from qr_integrations.retrieval.scoring import calibrate
 from qr_integrations.types import Document
@@ -23,6 +23,7 @@ from qr_integrations.types import Document
 NULL_QUERY = "N/A"
 _OTHER_QUERY = "who?"  # shares nothing with the null query
 _KEEP_LAYOUTS = 4
+_ROWS = 2**27  # attention weights that are read at a time where rows are wanted apart: half a gigabyte
 _KEEP_ASKED = 16  # per list of documents: with or without an instruction, summed or per head
 Contents = tuple[tuple[str | None, str], ...]
 
@@ -54,6 +55,15 @@ class Reading:
         return self.layout.token_ids[self.layout.shared.slice()]
 
 
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """What a query, and the null queries that go with it, pay to one window: everything that is kept of its pass."""
+
+    layout: PromptLayout
+    shares: Shares
+    nulls: tuple[Shares, ...]
+
+
 class TokenScorer:
     """Scores the tokens of documents for a query: the query's attention minus the null query's.
 
@@ -79,7 +89,8 @@ class TokenScorer:
     ) -> None:
         self.backend, self.heads, self.calibrated = backend, heads, calibrated
         self.null_instruction, self.refinements = null_instruction, refinements
-        self._writer = PromptWriter(backend, replace(style, blocks=refinements.layout == "block"))
+        self.style = replace(style, blocks=refinements.layout == "block")
+        self._writer = PromptWriter(backend, self.style)
         self._keep = keep_prefixes * refinements.orders
         self._known: OrderedDict[Contents, Reading] = OrderedDict()
         self._lock = threading.Lock()
@@ -160,30 +171,83 @@ class TokenScorer:
             by_window = [self._of_reading(reading, queries, per_head=False) for reading in readings]
             found = [list(windows) for windows in zip(*by_window, strict=True)]
         else:
-            found = self._on_one_scale(readings, queries)
+            found = [self._merged(query, [self._ask(reading, query) for reading in readings]) for query in queries]
         return [
             [(layout, self._weighted(layout, query, scores_KT)) for layout, scores_KT in windows]
             for query, windows in zip(queries, found, strict=True)
         ]
 
-    def _on_one_scale(
-        self, readings: Sequence[Reading], queries: Sequence[Query]
-    ) -> list[list[tuple[PromptLayout, Float[Tensor, "1 _"]]]]:
-        """The attention of the query, and that of each null query, as shares of all windows together; then the rest."""
-        layouts, rows = [], []
-        for reading in readings:
-            layouts.append([self._layout(reading, query) for query in queries])
-            rows.append(self._rows(reading, queries, layouts[-1], per_head=True))
-        found = []
-        for number, query in enumerate(queries):
-            mine = [window[number] for window in layouts]
-            spans = [layout.documents for layout in mine]
-            scores = on_one_scale([window[number] for window in rows], spans)
-            for weight, text in self._null_weights(query.instruction):
-                nulls = on_one_scale([self._null(reading, True, text) for reading in readings], spans)
-                scores = [calibrate(some, null, weight) for some, null in zip(scores, nulls, strict=True)]
-            found.append([(layout, one.sum(0, keepdim=True)) for layout, one in zip(mine, scores, strict=True)])
-        return found
+    def ask(self, query: Query, documents: Sequence[Document]) -> tuple[Asked, ...]:
+        """One window of several, once for each of `Refinements.orders`, for `merge`."""
+        asked = []
+        for order in self._orders(documents):
+            reading = self._recall([documents[i] for i in order])
+            self.read(reading)
+            with self._lock:
+                self._trim()
+            asked.append(self._ask(reading, query))
+        return tuple(asked)
+
+    def merge(
+        self, query: Query, asked: Sequence[tuple[Asked, ...]], windows: Sequence[Sequence[Document]]
+    ) -> list[tuple[PromptLayout, Float[Tensor, "1 _"]]]:
+        """As `score`, for every window, with scores that can be compared; see `on_one_scale`.
+
+        Args:
+            query: as in `ask`.
+            asked: what that returned for every window.
+            windows: the documents of each.
+        """
+        by_order = [self._merged(query, window) for window in zip(*asked, strict=True)]
+        if len(by_order) == 1:
+            found = by_order[0]
+        else:
+            found = [
+                average_orders([one for one, _ in read], [scores for _, scores in read], self._orders(documents))
+                for documents, *read in zip(windows, *by_order, strict=True)
+            ]
+        return [(layout, self._weighted(layout, query, scores_KT)) for layout, scores_KT in found]
+
+    def _orders(self, documents: Sequence[Document]) -> list[list[int]]:
+        count = self.refinements.orders
+        return [list(range(len(documents)))] if count == 1 else orders_of(documents, count)
+
+    def _ask(self, reading: Reading, query: Query) -> Asked:
+        layout = self._layout(reading, query)
+        nulls = [self._null_shares(reading, text) for _, text in self._null_weights(query.instruction)]
+        return Asked(layout, self._shares(reading, layout), tuple(nulls))
+
+    def _merged(self, query: Query, windows: Sequence[Asked]) -> list[tuple[PromptLayout, Float[Tensor, "1 _"]]]:
+        """The attention of the query, and that of each null query, on the scale of all windows; then the rest."""
+        spans = [window.layout.documents for window in windows]
+        scores = on_one_scale([window.shares for window in windows], spans)
+        for number, (weight, _) in enumerate(self._null_weights(query.instruction)):
+            nulls = on_one_scale([window.nulls[number] for window in windows], spans)
+            scores = [calibrate(some, null, weight) for some, null in zip(scores, nulls, strict=True)]
+        return [
+            (window.layout, scores_KT.sum(0, keepdim=True)) for window, scores_KT in zip(windows, scores, strict=True)
+        ]
+
+    def _null_shares(self, reading: Reading, instruction: str | None) -> Shares:
+        def read() -> Shares:
+            return self._shares(reading, self._layout(reading, Query(NULL_QUERY, instruction)))
+
+        shares: Shares = _once(reading, ("null shares", True, instruction), read)
+        return shares
+
+    def _shares(self, reading: Reading, layout: PromptLayout) -> Shares:
+        """The attention of a query's rows, as many heads at a time as there is room for."""
+        assert reading.prefix is not None
+        prefix, shared = reading.prefix, layout.shared.slice()
+        if layout.token_ids[shared] != prefix.token_ids:
+            prefix = self.prefill(layout, prefix)
+        at_once = max(1, _ROWS // (len(layout.query) * len(layout)))
+        parts = []
+        for first in range(0, len(self.heads.heads), at_once):
+            tap = AttentionTap(self.heads.heads[first : first + at_once], layout.query, reduce="none")
+            rows = self.backend.forward(layout.token_ids[len(prefix) :], tap=tap, prefix=prefix)
+            parts.append(Shares.of(rows[0, ..., shared], layout.documents))
+        return Shares.of_all_heads(parts)
 
     def _of_reading(
         self, reading: Reading, queries: Sequence[Query], per_head: bool

@@ -127,7 +127,7 @@ def test_heads_found_rank_other_questions_better_than_all_and_than_random_ones(q
     reranker = qr().QRHeadReranker(qr_mini, heads="all", keep_prefixes=0)
     rows = {head: row for row, head in enumerate(reranker.heads.heads)}
     asked = read_sample()[:15]
-    read = [reranker._scorer.score(Query(q.question), q.documents, per_head=True) for q in asked]
+    read = [reranker.scorer.score(Query(q.question), q.documents, per_head=True) for q in asked]
 
     def ndcg(heads: Any) -> float:
         """As `rank` with these heads, from one pass for all choices of heads."""

@@ -113,7 +113,7 @@ def test_words_add_up_as_in_a_plain_loop_over_tokens(either: Any) -> None:
     from qr_integrations.retrieval.layout import Query
 
     scores = {item.index: item.score for item in either.rank(QUERY, documents())}
-    layout, scores_KT = either._scorer.score(Query(QUERY), documents())
+    layout, scores_KT = either.scorer.score(Query(QUERY), documents())
     for index in range(len(TEXTS)):
         words = attended_words(layout, scores_KT, index)
         per_char, rest = written_out(layout, scores_KT, index)
@@ -285,7 +285,7 @@ def test_copies_of_a_document_have_their_own_scores(reranker: Any) -> None:
 
     texts = [DRACULA, "Cats sleep.", DRACULA, DRACULA]
     ranking = reranker.rank(QUERY, texts, explain=True)
-    layout, scores_KT = reranker._scorer.score(Query(QUERY), [item.document for item in sorted_by_index(ranking)])
+    layout, scores_KT = reranker.scorer.score(Query(QUERY), [item.document for item in sorted_by_index(ranking)])
     copies = [item for item in ranking if texts[item.index] == DRACULA]
     assert len({item.score for item in copies}) == 3
     assert len({item.spans[0].score for item in copies}) == 3

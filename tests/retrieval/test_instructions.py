@@ -37,7 +37,7 @@ def scores(ranking: Any) -> list[float]:
 
 
 def token_scores(reranker: Any, instruction: str | None) -> torch.Tensor:
-    scores_KT = reranker._scorer.score(query(instruction=instruction), documents())[1]
+    scores_KT = reranker.scorer.score(query(instruction=instruction), documents())[1]
     return scores_KT[0]
 
 
@@ -75,7 +75,7 @@ def eager(qr_mini: Any) -> Any:
 def test_the_instruction_stands_before_the_query_and_leaves_the_documents_alone(qr_mini: Any) -> None:
     from qr_integrations import QRHeadReranker
 
-    scorer = QRHeadReranker(qr_mini)._scorer
+    scorer = QRHeadReranker(qr_mini).scorer
     without, with_it = (scorer.layout(query(instruction=given), documents()) for given in (None, VAMPIRES))
     assert f"\n\n{TASK}\n\nQuery: {QUERY}<" in without.text
     assert f"\n\n{TASK}\n\n{VAMPIRES}\n\nQuery: {QUERY}<" in with_it.text
@@ -131,7 +131,7 @@ def test_single_heads_are_calibrated_in_the_same_way(qr_mini: Any, kept: float) 
     from qr_integrations import QRHeadReranker
 
     reranker = QRHeadReranker(qr_mini, null_instruction=kept)
-    per_head = reranker._scorer.score(query(instruction=VAMPIRES), documents(), per_head=True)[1]
+    per_head = reranker.scorer.score(query(instruction=VAMPIRES), documents(), per_head=True)[1]
     torch.testing.assert_close(per_head.sum(0), token_scores(reranker, VAMPIRES), rtol=0, atol=1e-6)
 
 
@@ -189,9 +189,9 @@ def test_known_documents_are_not_read_again_for_another_instruction(qr_mini: Any
         reranker.rank(QUERY, DOCUMENTS, instruction=RIVERS)
         lengths_read.clear()
         own = {
-            given: len(reranker._scorer.layout(query(instruction=given), documents()).query) for given in (VAMPIRES,)
+            given: len(reranker.scorer.layout(query(instruction=given), documents()).query) for given in (VAMPIRES,)
         }
-        null = len(reranker._scorer.layout(query("N/A", VAMPIRES), documents()).query)
+        null = len(reranker.scorer.layout(query("N/A", VAMPIRES), documents()).query)
         reranker.rank(QUERY, DOCUMENTS, instruction=VAMPIRES)
         trunk = max(lengths_read)  # the task and the instruction; then the query, and what the null query adds to it
         assert lengths_read == [trunk, own[VAMPIRES] - trunk] + ([null - trunk] if kept else [])
@@ -208,7 +208,7 @@ def test_many_instructions_take_no_more_memory_than_some(qr_mini: Any) -> None:
     counts = []
     for number in range(40):
         reranker.rank(QUERY, DOCUMENTS, instruction=f"Only chapter {number} is relevant.")
-        (known,) = reranker._scorer._known.values()
+        (known,) = reranker.scorer._known.values()
         counts.append(len(known.asked))
     assert max(counts) == counts[20] == counts[39] < 20
     assert scores(reranker.rank(QUERY, DOCUMENTS, instruction=VAMPIRES)) == pytest.approx(first, abs=1e-6)
@@ -219,7 +219,7 @@ def test_many_instructions_take_no_more_memory_than_some(qr_mini: Any) -> None:
 
 def prompt_of(reranker: Any, text: str, instruction: str | None = None) -> str:
     """What stands after the documents, as the user's words."""
-    layout = reranker._scorer.layout(query(text, instruction), documents())
+    layout = reranker.scorer.layout(query(text, instruction), documents())
     return layout.text[layout.texts[-1].stop :].removesuffix(reranker.backend.chat.closing)
 
 

@@ -69,7 +69,7 @@ def test_known_documents_are_not_read_again(qr_mini: Any, lengths_read: list[int
     reranker.rank(QUERIES[0], DOCUMENTS[:1])  # whatever is tried out once per model
     lengths_read.clear()
     reranker.rank(QUERIES[0], DOCUMENTS)
-    layout = reranker._scorer.layout(Query(QUERIES[0]), _documents())
+    layout = reranker.scorer.layout(Query(QUERIES[0]), _documents())
     documents, task, own, null = lengths_read
     assert (documents, task + own) == (len(layout.shared), len(layout.query)) and 0 < null < task
     lengths_read.clear()
@@ -100,7 +100,7 @@ def test_keep_prefixes_counts_what_was_read(qr_mini: Any, monkeypatch: pytest.Mo
             for given in lists:
                 reranker.rank(QUERIES[0], given)
         assert len(reads) == expected, keep
-        assert sum(known.prefix is not None for known in reranker._scorer._known.values()) == keep
+        assert sum(known.prefix is not None for known in reranker.scorer._known.values()) == keep
     reads.clear()
     cutting = QRHeadReranker(qr_mini, keep_prefixes=1, truncation="head", max_context_tokens=150)
     for query in QUERIES:
@@ -258,7 +258,7 @@ def test_score_per_head_sums_to_the_detection_order(qr_mini: Any, reranker: Any)
 
     per_head = reranker.score_per_head(QUERIES[0], DOCUMENTS)
     assert per_head.shape == (len(reranker.heads), 4)
-    layout, tokens = reranker._scorer.score(Query(QUERIES[0]), _documents(), per_head=True)
+    layout, tokens = reranker.scorer.score(Query(QUERIES[0]), _documents(), per_head=True)
     expected = score_documents(tokens, layout.documents, order="filter_then_sum")
     torch.testing.assert_close(per_head.sum(0), expected)
 

@@ -48,7 +48,7 @@ def windows_of(reranker: Any, documents: list[Any]) -> list[list[Any]]:
     from qr_integrations.retrieval.layout import Query
     from qr_integrations.retrieval.reranker import as_documents
 
-    windows: list[list[Any]] = reranker._fit(Query(QUERY), as_documents(documents), reranker.limits)
+    windows: list[list[Any]] = reranker.fit(Query(QUERY), as_documents(documents), reranker.limits)
     return windows
 
 

@@ -18,7 +18,7 @@ def summed(reranker: Any, query: str, documents: Any) -> torch.Tensor:
     """What the package computes, each document's tokens summed plainly."""
     from qr_integrations.retrieval.layout import Query
 
-    layout, scores_KT = reranker._scorer.score(Query(query), documents, per_head=True)
+    layout, scores_KT = reranker.scorer.score(Query(query), documents, per_head=True)
     return torch.stack([scores_KT[:, span.slice()].sum() for span in layout.documents])
 
 
@@ -33,7 +33,7 @@ def test_scores_are_those_of_the_package_before_its_filter(qr_mini: Any, lists: 
         if cap is not None:
             asked = reranker._query(judged.query, None)
             limits = replace(reranker.limits, truncation="head", max_doc_tokens=cap)
-            read = tuple(candidate.read for candidate in reranker._fit(asked, judged.documents, limits)[0])
+            read = tuple(candidate.read for candidate in reranker.fit(asked, judged.documents, limits)[0])
             assert any(new.text != old.text for new, old in zip(read, judged.documents, strict=True))
         scores, expected = scorer.scores(judged.query, judged.documents), summed(reranker, judged.query, read)
         assert scores.requires_grad and expected.abs().max() > 0.01
