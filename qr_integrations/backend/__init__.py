@@ -8,14 +8,16 @@ from qr_integrations.backend.attention_tap import AttentionTap
 from qr_integrations.backend.backend import Backend
 from qr_integrations.backend.branches import Trunk, Wanted
 from qr_integrations.backend.identity import ModelIdentity
-from qr_integrations.backend.pieces import Piece, cut, join, moved, pack
+from qr_integrations.backend.pieces import Piece, cut, in_line, join, moved, pack
 from qr_integrations.backend.prefix import Prefix
+from qr_integrations.backend.rotation import KeyRotation, key_rotation
 from qr_integrations.backend.stored import KeptDtype, Stored, check_kept_dtype
 
 __all__ = [
     "AttentionTap",
     "Backend",
     "KeptDtype",
+    "KeyRotation",
     "ModelIdentity",
     "Piece",
     "Prefix",
@@ -24,7 +26,9 @@ __all__ = [
     "Wanted",
     "check_kept_dtype",
     "cut",
+    "in_line",
     "join",
+    "key_rotation",
     "moved",
     "pack",
 ]

@@ -17,9 +17,11 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 
+from qr_integrations.backend.behind_prefix import continued_behind, lay_out_behind, num_positions_behind
 from qr_integrations.backend.listening import Finite, Listener
 from qr_integrations.backend.memory import memory_advice
 from qr_integrations.backend.picture_reading import ReadPictures, continued_inputs
+from qr_integrations.backend.prefix import Prefix
 from qr_integrations.backend.prompts import Prompt, as_messages, check_num_visual_tokens, lay_out
 from qr_integrations.backend.reader import Reader
 from qr_integrations.backend.surgery import prefill_pruned
@@ -83,12 +85,15 @@ class Steps:
     num_visual_tokens: int | VisualBudget | None = None
     prune: Pruner | None = None
     deco: Corrector | None = None
+    prefix: Prefix | None = None
 
     def __post_init__(self) -> None:
         for name, kind, cure in _KINDS:
             step = getattr(self, name)
             if step is not None and (isinstance(step, type) or not isinstance(step, kind)):
                 raise InputError(f"{name}={step!r} cannot be used: pass {cure}")
+            if step is not None and self.prefix is not None and name not in ("deco", "prefix"):
+                raise InputError(f"{name} reads pictures, and a prefix holds text: leave out {name} or prefix")
 
 
 _KINDS = (
@@ -96,6 +101,7 @@ _KINDS = (
     ("num_visual_tokens", int | VisualBudget, "a number, or a budget such as TokenBudget(256)"),
     ("prune", Pruner, "prune=CDPruner(keep=64) or another pruner"),
     ("deco", Corrector, "deco=DeCo()"),
+    ("prefix", Prefix, "what DocumentIndex.prefix or Backend.prefill gives"),
 )
 
 
@@ -214,9 +220,10 @@ def answer(
             seconds["crop"] = time.perf_counter() - started
             _check_listener(gone)
         started = time.perf_counter()
-        prompt = lay_out(backend, conversation, _num_visual_tokens(backend, conversation, steps, done))
-        config = generation.config(backend, backend.max_tokens and backend.max_tokens - len(prompt))
-        begun = _begin(backend, prompt, steps.prune, read, config.num_beams)  # before what corrects every pass
+        prompt = _lay_out(backend, conversation, steps, done)
+        room = backend.max_tokens and backend.max_tokens - num_positions_behind(prompt, steps.prefix)
+        config = generation.config(backend, room)
+        begun = _begin(backend, prompt, steps, read, config.num_beams)  # before what corrects every pass
         read = None  # the answer has its own copy
         done |= begun.record
         listener = Listener(backend.tokenizer, len(begun.prompt), generation.stop, emit, gone)
@@ -232,6 +239,12 @@ def answer(
     ended = stopped or (len(token_ids) > 0 and int(token_ids[-1]) in _end_tokens(config))
     usage = Usage(len(begun.prompt), len(token_ids))
     return Answer(text, "stop" if ended else "length", usage, done, seconds)
+
+
+def _lay_out(backend: Reader, conversation: tuple[Message, ...], steps: Steps, done: dict[str, Any]) -> Prompt:
+    if steps.prefix is not None:
+        return lay_out_behind(backend, conversation, steps.prefix)
+    return lay_out(backend, conversation, _num_visual_tokens(backend, conversation, steps, done))
 
 
 def _num_visual_tokens(
@@ -258,9 +271,13 @@ class _Begun:
     decoding: AbstractContextManager[None]
 
 
-def _begin(backend: Reader, prompt: Prompt, prune: Pruner | None, read: ReadPictures | None, num_beams: int) -> _Begun:
+def _begin(backend: Reader, prompt: Prompt, steps: Steps, read: ReadPictures | None, num_beams: int) -> _Begun:
     """Read what is to be read before `generate`: with fewer tokens, or behind what was read before."""
+    prune, prefix = steps.prune, steps.prefix
     with torch.no_grad(), memory_advice(len(prompt), backend.name):
+        if prefix is not None:
+            inputs = continued_behind(backend, prompt, prefix, num_beams)
+            return _Begun(prompt, inputs, {"prefix": len(prefix) if prefix.cache is not None else 0}, nullcontext())
         if prune is None or not prompt.pictures:
             inputs = continued_inputs(backend, prompt, read if num_beams == 1 else None)
             return _Begun(prompt, inputs, {}, nullcontext())

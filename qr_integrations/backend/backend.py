@@ -20,6 +20,7 @@ from qr_integrations.backend.answering import (
 )
 from qr_integrations.backend.loading import load_model, load_processor, resolve_device, resolve_dtype, resolve_name
 from qr_integrations.backend.memory import free_memory
+from qr_integrations.backend.prefix import Prefix
 from qr_integrations.backend.prompts import Prompt, as_messages, lay_out
 from qr_integrations.backend.reader import Reader
 from qr_integrations.backend.visual_tokens import Pruner
@@ -129,6 +130,7 @@ class Backend(Reader):
         num_visual_tokens: int | VisualBudget | None = None,
         prune: Pruner | None = None,
         deco: Corrector | None = None,
+        prefix: Prefix | None = None,
         **generation: Any,
     ) -> Answer:
         """Answer a question, or a conversation with any number of pictures; greedy unless a temperature is given.
@@ -140,14 +142,17 @@ class Backend(Reader):
                 `qr_integrations.encoding.TokenBudget`.
             prune: drops tokens of the pictures: `qr_integrations.pruning.CDPruner`, `SparseVLM`.
             deco: corrects what is said: `qr_integrations.decoding.DeCo`.
+            prefix: what was read before, through all layers: the beginning of the user's turn, which `messages`, one
+                text, go on with. Only what follows it is read. See `DocumentIndex.prefix`.
             generation: `max_new_tokens` (256), `temperature` (0), `top_p`, `top_k`, `num_beams` (1),
                 `repetition_penalty` (1), `stop` (texts that end the answer), `seed`; see `Generation`.
 
         Raises:
-            InputError: nothing to answer, pictures for a model that reads text only, a broken picture, a setting.
+            InputError: nothing to answer, pictures for a model that reads text only, a broken picture, a setting, a
+                prefix that lacks layers or is another model's.
             WindowError: the conversation is longer than the model's window.
         """
-        return answer(self, messages, Steps(crop, num_visual_tokens, prune, deco), as_generation(generation))
+        return answer(self, messages, Steps(crop, num_visual_tokens, prune, deco, prefix), as_generation(generation))
 
     def stream(
         self,
@@ -157,10 +162,11 @@ class Backend(Reader):
         num_visual_tokens: int | VisualBudget | None = None,
         prune: Pruner | None = None,
         deco: Corrector | None = None,
+        prefix: Prefix | None = None,
         **generation: Any,
     ) -> Iterator[AnswerPiece]:
         """As `answer`, piece by piece; the last piece carries the whole. Who stops listening stops the generation."""
-        return stream(self, messages, Steps(crop, num_visual_tokens, prune, deco), as_generation(generation))
+        return stream(self, messages, Steps(crop, num_visual_tokens, prune, deco, prefix), as_generation(generation))
 
     def lay_out(self, messages: str | Sequence[Message], *, num_visual_tokens: int | None = None) -> Prompt:
         """The conversation as the model reads it, up to where the answer begins."""

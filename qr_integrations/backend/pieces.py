@@ -5,7 +5,7 @@ Legend: G key/value heads, T tokens, D head width.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
@@ -128,14 +128,13 @@ def pack(prefix: Prefix, *, dtype: KeptDtype = "auto", top_heads: tuple[int, ...
     top: Any = prefix.cache.layers[-1]
     num_heads = top.num_heads if isinstance(top, StoredLayer) and top.heads is not None else top.keys.shape[1]
     packed = join(whole, dtype=top.dtype, top_heads=top_heads, num_top_heads=num_heads)
-    return replace(packed, blocks=prefix.blocks, next_position=prefix.next_position)
+    return replace(prefix, cache=packed.cache)
 
 
 def join(
     pieces: Sequence[Piece],
     *,
     dtype: torch.dtype,
-    blocks: tuple[Span, ...] = (),
     next_position: int | None = None,
     top_heads: tuple[int, ...] | None = None,
     num_top_heads: int | None = None,
@@ -145,9 +144,8 @@ def join(
     What is read behind it sees all of them. They do not see each other unless they did when they were read.
 
     Args:
-        pieces: in the order in which they stand; at least one.
+        pieces: in the order in which they lie; the first one, at least, stands at position 0.
         dtype: in which a pass reads them.
-        blocks: those that share positions, as tokens of the whole.
         next_position: where the next token stands; None: behind the last of all positions.
         top_heads: which key/value heads of the top layer the pieces hold; None: all.
         num_top_heads: how many that layer has; with `top_heads`.
@@ -165,12 +163,13 @@ def join(
         for layer in range(last + 1)
     ]
     token_ids = tuple(token for piece in pieces for token in piece.token_ids)
-    prefix = Prefix(token_ids, last, cache, blocks)
-    behind = max(piece.position + len(piece) for piece in pieces) if next_position is None else next_position
-    starts = accumulate((len(piece) for piece in pieces), initial=0)
-    in_line = all(piece.position == prefix.position_of(start) for piece, start in zip(pieces, starts, strict=False))
-    plain = behind == prefix.num_positions and in_line
-    return prefix if plain else replace(prefix, next_position=behind)
+    starts = list(accumulate(map(len, pieces), initial=0))
+    if all(piece.position == start for piece, start in zip(pieces, starts, strict=False)):
+        return Prefix(token_ids, last, cache, next_position=None if next_position == starts[-1] else next_position)
+    blocks = tuple(Span(*span) for span in pairwise(starts[1:]))
+    positions = tuple(piece.position for piece in pieces[1:])
+    shared = all(position == blocks[0].start for position in positions)
+    return Prefix(token_ids, last, cache, blocks, () if shared else positions, next_position)
 
 
 def moved(piece: Piece, to: int, rotate: Rotate) -> Piece:
@@ -185,6 +184,12 @@ def moved(piece: Piece, to: int, rotate: Rotate) -> Piece:
         for layer, stored in enumerate(piece.keys)
     )
     return Piece(piece.token_ids, to, keys, piece.values)
+
+
+def in_line(pieces: Sequence[Piece], rotate: Rotate, *, start: int) -> list[Piece]:
+    """The pieces one behind the other from position `start` on."""
+    starts = accumulate(map(len, pieces), initial=start)
+    return [moved(piece, to, rotate) for piece, to in zip(pieces, starts, strict=False)]
 
 
 def _joined(parts: Sequence[Stored | None]) -> Stored | None:

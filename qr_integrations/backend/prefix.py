@@ -116,13 +116,15 @@ class Prefix:
     model cannot continue from a cache, `cache` is None and each pass reads the tokens again.
 
     `blocks` are spans of tokens that do not see each other and share their positions, see `Backend.prefill_blocks`;
-    `next_position` is where the next token stands if that is not told by the number of tokens.
+    `block_positions` is where each begins if they do not share it, `next_position` where the next token stands if that
+    is not behind the last.
     """
 
     token_ids: tuple[int, ...]
     top_layer: int
     cache: DynamicCache | None
     blocks: tuple[Span, ...] = ()
+    block_positions: tuple[int, ...] = ()
     next_position: int | None = None
 
     def __len__(self) -> int:
@@ -133,12 +135,17 @@ class Prefix:
         """The position of the next token."""
         if self.next_position is not None:
             return self.next_position
-        return self.blocks[0].start + max(map(len, self.blocks)) if self.blocks else len(self)
+        if not self.blocks:
+            return len(self)
+        return max(self.position_of(block.start) + len(block) for block in self.blocks)
 
     def position_of(self, token: int) -> int:
-        """Where a token of this prefix stood when it was read."""
-        block = next((block for block in self.blocks if block.start <= token < block.stop), None)
-        return token if block is None else self.blocks[0].start + token - block.start
+        """Where a token of this prefix stands."""
+        for number, block in enumerate(self.blocks):
+            if block.start <= token < block.stop:
+                begins = self.block_positions[number] if self.block_positions else self.blocks[0].start
+                return begins + token - block.start
+        return token
 
     @property
     def is_plain(self) -> bool:

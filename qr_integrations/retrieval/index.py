@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from qr_integrations.backend import Backend, KeptDtype, Piece, Prefix, check_kept_dtype, cut, join, pack
+from qr_integrations.backend import Backend, KeptDtype, Piece, Prefix, check_kept_dtype, cut, in_line, join, pack
 from qr_integrations.errors import InputError, WindowError
 from qr_integrations.retrieval.layout import PromptLayout, Query
 from qr_integrations.retrieval.qrhead import QRHeadReranker
@@ -343,8 +343,11 @@ class DocumentIndex:
         reading = self._scorer.lay_out([candidate.read for candidate in candidates])
         if self.layout == "block":
             new = self._read_blocks(part, tell)
-            old = [] if window is None else cut(window.prefix, window.spans)
-            reading.prefix = self._side_by_side([*old, *(new[1:] if old else new)])
+            old = new[:1] if window is None else cut(window.prefix, window.spans)
+            behind = new[1:]
+            if self.reranker.refinements.positions == "in_line":
+                behind = in_line(behind, self._scorer.rotation().moved, start=old[-1].position + len(old[-1]))
+            reading.prefix = self._side_by_side([*old, *behind])
         else:
             reuse = None if window is None else window.prefix
             prefix = self._scorer.prefill(reading.layout, reuse, whole=self.whole, progress=tell)
@@ -382,12 +385,9 @@ class DocumentIndex:
         return pack(prefix, dtype=self.kept, top_heads=self._top_heads)
 
     def _side_by_side(self, pieces: Sequence[Piece]) -> Prefix:
-        """A beginning, and behind it blocks that share their positions."""
-        ends = list(accumulate(map(len, pieces)))
-        blocks = tuple(Span(*span) for span in pairwise(ends))
+        """A beginning, and behind it blocks at the positions that they have."""
         num_heads = self.backend.attention_layers[pieces[0].top_layer].num_kv_heads
-        heads = self._top_heads
-        return join(pieces, dtype=self._dtype, blocks=blocks, top_heads=heads, num_top_heads=num_heads)
+        return join(pieces, dtype=self._dtype, top_heads=self._top_heads, num_top_heads=num_heads)
 
     @property
     def _dtype(self) -> torch.dtype:

@@ -29,6 +29,9 @@ class Refinements:
         layout: ``"block"``: documents do not see each other and stand at the same positions, so that their order makes
             no difference (the attention pattern of BlockRank, arXiv 2510.05396, without its training). ``"joint"``: as
             published, each sees those before it.
+        positions: with ``"block"``: ``"shared"``: all documents stand at the same positions; ``"in_line"``: one behind
+            the other, their keys turned to where they stand (TurboRAG, arXiv 2410.07590), so that their order makes a
+            difference again.
         orders: read the documents in so many orders and take the mean of their tokens' scores. The orders follow from
             the documents' contents: from 2 on, the order in which the caller passes them makes no difference.
         length_power: divide a document's score by its number of tokens to this power: 0 takes the sum, as published, 1
@@ -39,6 +42,7 @@ class Refinements:
     """
 
     layout: Literal["joint", "block"] = "joint"
+    positions: Literal["shared", "in_line"] = "shared"
     orders: int = 1
     length_power: float = 0.0
     rare_words: float = 0.0
@@ -46,6 +50,10 @@ class Refinements:
     def __post_init__(self) -> None:
         if self.layout not in ("joint", "block"):
             raise InputError(f"unknown layout {self.layout!r}: pass 'joint' or 'block'")
+        if self.positions not in ("shared", "in_line") or (self.positions == "in_line" and self.layout == "joint"):
+            raise InputError(
+                f"positions={self.positions!r}: pass 'shared' or 'in_line', the latter with layout='block'"
+            )
         if self.orders < 1 or (self.orders > 1 and self.layout == "block"):
             raise InputError(f"orders is {self.orders}: pass 1 or more, and 1 with layout='block', which has no order")
         if not math.isfinite(self.length_power):

@@ -12,13 +12,24 @@ from typing import Any
 from jaxtyping import Float
 from torch import Tensor
 
-from qr_integrations.backend import AttentionTap, Backend, Prefix, Trunk, Wanted
+from qr_integrations.backend import (
+    AttentionTap,
+    Backend,
+    KeyRotation,
+    Prefix,
+    Trunk,
+    Wanted,
+    cut,
+    in_line,
+    join,
+    key_rotation,
+)
 from qr_integrations.retrieval.heads import HeadSet
 from qr_integrations.retrieval.layout import PromptLayout, PromptStyle, PromptWriter, Query
 from qr_integrations.retrieval.merging import Shares, on_one_scale
 from qr_integrations.retrieval.refinements import PUBLISHED, Refinements, average_orders, orders_of, token_weights
 from qr_integrations.retrieval.scoring import calibrate
-from qr_integrations.types import Document
+from qr_integrations.types import Document, Span
 
 NULL_QUERY = "N/A"
 _OTHER_QUERY = "who?"  # shares nothing with the null query
@@ -130,7 +141,7 @@ class TokenScorer:
         """Compute its prefix, unless it is there: of several threads with the same documents, one reads them."""
         with reading.lock:
             if reading.prefix is None:
-                reading.prefix = self.prefill(reading.layout)
+                reading.prefix = self._placed(self.prefill(reading.layout))
 
     def prefill(
         self,
@@ -153,6 +164,18 @@ class TokenScorer:
         if layout.blocks:
             return self.backend.prefill_blocks(shared, layout.blocks, top_layer=top_layer, values=whole)
         return self.backend.prefill(shared, top_layer=top_layer, reuse=reuse, values=whole, progress=progress)
+
+    def rotation(self) -> KeyRotation:
+        """What moves the model's keys to other positions."""
+        return key_rotation(self.backend)
+
+    def _placed(self, prefix: Prefix) -> Prefix:
+        """Blocks one behind the other, if they are to stand so."""
+        if self.refinements.positions == "shared" or not prefix.blocks:
+            return prefix
+        beginning, *pieces = cut(prefix, [Span(0, prefix.blocks[0].start), *prefix.blocks])
+        placed = in_line(pieces, self.rotation().moved, start=len(beginning))
+        return join([beginning, *placed], dtype=self.backend.model.dtype)
 
     def score_windows(
         self, readings: Sequence[Reading], queries: Sequence[Query], *, one_scale: bool = True
@@ -323,7 +346,7 @@ class TokenScorer:
         ]
 
     def _alone(self, layout: PromptLayout, known: Prefix, per_head: bool) -> Float[Tensor, "K _"]:
-        return self._branches(self.prefill(layout, known), [layout], None, per_head)[0]
+        return self._branches(self._placed(self.prefill(layout, known)), [layout], None, per_head)[0]
 
     def _branches(
         self, prefix: Prefix, layouts: Sequence[PromptLayout], trunk: Trunk | None, per_head: bool
