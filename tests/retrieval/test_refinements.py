@@ -162,7 +162,7 @@ def test_blocks_work_in_several_prompts_and_pieces(qr_mini: "Backend", documents
         ({"orders": 2, "layout": "block"}, "which has no order"),
         ({"rare_words": 1.5}, "from 0 to 1"),
         ({"length_power": math.nan}, "pass 0 for the sum"),
-        ({"lenght_power": 1.0}, "known are layout, orders, length_power, rare_words"),
+        ({"lenght_power": 1.0}, "known are layout, positions, orders, length_power, rare_words"),
     ],
 )
 @pytest.mark.usefixtures("unchecked")
