@@ -22,6 +22,7 @@ NAMES = [
     "CDPruner",
     "DeCo",
     "Document",
+    "DocumentIndex",
     "HeadDetector",
     "HeadSet",
     "ICRReranker",

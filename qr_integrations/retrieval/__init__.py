@@ -8,8 +8,18 @@ from qr_integrations.retrieval.cross_encoder import QRCrossEncoder
 from qr_integrations.retrieval.detection import HeadDetector
 from qr_integrations.retrieval.heads import HeadSet
 from qr_integrations.retrieval.icr import ICRReranker
+from qr_integrations.retrieval.index import DocumentIndex
 from qr_integrations.retrieval.layout import PromptLayout
 from qr_integrations.retrieval.qrhead import QRHeadReranker
 from qr_integrations.retrieval.refinements import Refinements
 
-__all__ = ["HeadDetector", "HeadSet", "ICRReranker", "PromptLayout", "QRCrossEncoder", "QRHeadReranker", "Refinements"]
+__all__ = [
+    "DocumentIndex",
+    "HeadDetector",
+    "HeadSet",
+    "ICRReranker",
+    "PromptLayout",
+    "QRCrossEncoder",
+    "QRHeadReranker",
+    "Refinements",
+]
