@@ -16,14 +16,14 @@ from typing import Any, Protocol, get_args, runtime_checkable
 import numpy as np
 from safetensors import SafetensorError
 
-from qr_integrations.backend import Backend
+from qr_integrations.backend import Backend, KeptDtype
 from qr_integrations.errors import InputError, LoadError, MissingExtra
 from qr_integrations.evaluation.bm25 import Bm25, document_text
 from qr_integrations.evaluation.specs import check_distinct, read_settings
-from qr_integrations.retrieval import HeadSet, ICRReranker, QRHeadReranker
+from qr_integrations.retrieval import DocumentIndex, HeadSet, ICRReranker, QRHeadReranker
 from qr_integrations.retrieval.refinements import Refinements
 from qr_integrations.retrieval.reranker import AttentionReranker
-from qr_integrations.retrieval.windows import Truncation
+from qr_integrations.retrieval.windows import Merge, Truncation
 from qr_integrations.types import Document, JudgedList
 
 GRAMMAR = "random, retrieved, bm25, icr, qr, qr:heads=all,layout=block, cross:PATH or bi:PATH"
@@ -91,21 +91,24 @@ class Bm25System:
 
 
 class AttentionSystem:
-    """QRHead or ICR."""
+    """QRHead or ICR; with `kept`, out of an index that keeps keys and values so."""
 
     reads_order = True
 
-    def __init__(self, reranker: AttentionReranker, name: str) -> None:
-        self.reranker, self.name = reranker, name
+    def __init__(self, reranker: AttentionReranker, name: str, kept: KeptDtype | None = None) -> None:
+        self.reranker, self.name, self.kept = reranker, name, kept
 
     def score(self, query: str, documents: Sequence[Document]) -> list[float]:
         """Calibrated attention mass.
 
-        Of several prompts, those documents that did not reach the last one may all have the score of its last
+        With ``merge="final"``, those documents that did not reach the last prompt may all have the score of its last
         document; here each is a little below the one before, as it was ranked.
         """
         scores, above = [0.0] * len(documents), math.inf
-        ranking = self.reranker.rank(query, documents)
+        if self.kept is None:
+            ranking = self.reranker.rank(query, documents)
+        else:
+            ranking = DocumentIndex.build(documents, self.reranker, kv_dtype=self.kept).rank(query)
         for item in ranking:
             in_last_prompt = item.window == ranking[0].window
             above = item.score if in_last_prompt else min(item.score, math.nextafter(above, -math.inf))
@@ -171,7 +174,7 @@ def make_systems(
 def _make(spec: str, lists: Sequence[JudgedList], backend: Callable[[], Backend], device: str | None) -> System:
     kind, _, rest = spec.partition(":")
     if kind in ("icr", "qr"):
-        return AttentionSystem(_reranker(spec, kind, backend()), spec)
+        return AttentionSystem(*_reranker(spec, kind, backend()))
     if kind in ("cross", "bi") and rest:
         return CrossEncoderSystem(rest, device, spec) if kind == "cross" else BiEncoderSystem(rest, device, spec)
     makers: dict[str, Callable[[], System]] = {
@@ -184,19 +187,23 @@ def _make(spec: str, lists: Sequence[JudgedList], backend: Callable[[], Backend]
     return makers[spec]()
 
 
-def _reranker(spec: str, kind: str, backend: Backend) -> AttentionReranker:
-    """QRHead or ICR with settings. Nothing is kept between lists: every one is timed as a new one."""
+def _reranker(spec: str, kind: str, backend: Backend) -> tuple[AttentionReranker, str, KeptDtype | None]:
+    """QRHead or ICR with settings, its name, and how an index keeps its keys and values, if there is one.
+
+    Nothing is kept between lists: every one is timed as a new one.
+    """
     given = read_settings(spec, {**_SETTINGS, **_REFINEMENTS, **(_CHOICE_OF_HEADS if kind == "qr" else {})})
     refined = {name: given.pop(name) for name in _REFINEMENTS if name in given}
     if "random" in given and not {"heads", "top"}.isdisjoint(given):
         raise InputError(f"{spec!r}: heads are drawn from all of the model's: leave out heads and top, or random")
     heads, top = given.pop("heads", "auto"), given.pop("top", None)
     drawn, seed = given.pop("random", None), given.pop("seed", 0)
+    kept = given.pop("kept", None)
     options: dict[str, Any] = {"truncation": "head", "keep_prefixes": 0, "refinements": Refinements(**refined), **given}
     if kind == "icr":
-        return ICRReranker(backend, **options)
+        return ICRReranker(backend, **options), spec, kept
     chosen = HeadSet.resolve(heads, backend) if drawn is None else HeadSet.random(backend, drawn, seed=seed)
-    return QRHeadReranker(backend, heads=chosen if top is None else chosen.top(top), **options)
+    return QRHeadReranker(backend, heads=chosen if top is None else chosen.top(top), **options), spec, kept
 
 
 def _one_of(choices: Mapping[str, Any]) -> Callable[[str], Any]:
@@ -221,8 +228,10 @@ def _count(text: str) -> int:
 _SETTINGS: dict[str, Callable[[str], Any]] = {
     "calibrated": _one_of({"yes": True, "no": False}),
     "instruction": str,
+    "kept": _literal(KeptDtype),
     "max_context_tokens": _count,
     "max_doc_tokens": _count,
+    "merge": _literal(Merge),
     "null_instruction": float,
     "truncation": _literal(Truncation),
 }
