@@ -2,24 +2,100 @@
 
 import os
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+import threading
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from hashlib import sha256
 from pathlib import Path
 from tempfile import NamedTemporaryFile, mkdtemp
+from typing import IO
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
+_asking = threading.Lock()
 
 
-def write_whole(path: str | Path, content: str | bytes) -> None:
-    """Write `content` so that whoever looks finds the old file or the new one, never half of it."""
+def write_whole(path: str | Path, content: str | bytes, *, durable: bool = False) -> None:
+    """Write `content` so that whoever looks finds the old file or the new one, never half of it.
+
+    `durable`: it is on the disk when this returns; its name is after `sync_folder`.
+    """
     path = Path(path)
-    with NamedTemporaryFile("wb", dir=path.parent, prefix=path.name, delete=False) as handle:
+    with _unnamed(path.parent, path.name) as handle:
+        handle.write(content.encode("utf-8") if isinstance(content, str) else content)
+        _take_name(handle, path, durable=durable)
+
+
+def write_by_content(folder: str | Path, chunks: Iterable[bytes | memoryview], name: str) -> tuple[str, int, str]:
+    """Write a file that is named after what it holds; it is on the disk when this returns.
+
+    Args:
+        folder: where; until the file has its name, it has one that begins with ``.writing-``.
+        chunks: its bytes.
+        name: with ``{}`` in the place of 32 digits of the digest.
+
+    Returns:
+        Its name, its size in bytes and its SHA-256.
+    """
+    digest, size = sha256(), 0
+    with _unnamed(Path(folder), ".writing-") as handle:
+        for chunk in chunks:
+            handle.write(chunk)
+            digest.update(chunk)
+            size += len(chunk)
+        name = name.format(digest.hexdigest()[:32])
+        _take_name(handle, Path(folder) / name, durable=True)
+    return name, size, digest.hexdigest()
+
+
+def sync_folder(folder: str | Path) -> None:
+    """Which files a folder holds is on the disk when this returns, where the system can be asked to."""
+    if os.name == "nt":
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):
+            os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+@contextmanager
+def locked_folder(folder: str | Path) -> Iterator[None]:
+    """One thread of one process at a time, where the system has such locks; they end with the process."""
+    if fcntl is None:
+        yield
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):  # some file systems of networks have none
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
+
+
+@contextmanager
+def _unnamed(folder: Path, prefix: str) -> Iterator[IO[bytes]]:
+    """A file to fill, for `_take_name`; gone if the block fails."""
+    with NamedTemporaryFile("wb", dir=folder, prefix=prefix, delete=False) as handle:
         try:
-            handle.write(content.encode("utf-8") if isinstance(content, str) else content)
-            handle.close()
-            os.chmod(handle.name, 0o666 & ~_umask())  # a temporary file is the owner's alone
-            os.replace(handle.name, path)
+            yield handle
         except BaseException:
             os.unlink(handle.name)
             raise
+
+
+def _take_name(handle: IO[bytes], path: Path, *, durable: bool) -> None:
+    handle.flush()
+    if durable:
+        os.fsync(handle.fileno())
+    handle.close()
+    os.chmod(handle.name, 0o666 & ~_umask())  # a temporary file is the owner's alone
+    os.replace(handle.name, path)
 
 
 @contextmanager
@@ -61,6 +137,7 @@ def _beside(path: Path) -> Path:
 
 
 def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
+    with _asking:  # it can only be asked by setting it
+        mask = os.umask(0)
+        os.umask(mask)
     return mask

@@ -6,19 +6,19 @@ Legend: N documents.
 """
 
 import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from itertools import accumulate, pairwise
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from qr_integrations.backend import Backend, KeptDtype, Piece, Prefix, check_kept_dtype, cut, in_line, join, pack
+from qr_integrations.backend import Backend, KeptDtype, Prefix, check_kept_dtype, cut
 from qr_integrations.errors import InputError, WindowError
-from qr_integrations.retrieval.layout import PromptLayout, Query
+from qr_integrations.retrieval.index_files import IndexContents, read_index, write_index
+from qr_integrations.retrieval.kept_windows import Told, Window, WindowReader
+from qr_integrations.retrieval.layout import PromptLayout
 from qr_integrations.retrieval.qrhead import QRHeadReranker
 from qr_integrations.retrieval.refinements import Refinements
 from qr_integrations.retrieval.reranker import (
@@ -30,38 +30,7 @@ from qr_integrations.retrieval.reranker import (
     entrants,
     explained_only,
 )
-from qr_integrations.retrieval.token_scores import Reading
-from qr_integrations.retrieval.windows import Candidate
-from qr_integrations.retrieval.windows import pack as pack_windows
-from qr_integrations.types import Document, Ranking, ScoredDocument, Span
-
-_ROOM_FOR_QUERY = 256  # tokens that are left free behind the documents
-_BLOCK_TOKENS = 8192  # of documents that are read before their keys and values are packed away
-
-
-@dataclass(frozen=True, slots=True)
-class Window:
-    """Documents that stand in one prompt.
-
-    Attributes:
-        candidates: what is read of which document, in order.
-        reading: the prompt, and its prefix of kept keys and values.
-    """
-
-    candidates: tuple[Candidate, ...]
-    reading: Reading
-
-    @property
-    def prefix(self) -> Prefix:
-        """Keys and values of everything before the query."""
-        assert self.reading.prefix is not None
-        return self.reading.prefix
-
-    @property
-    def spans(self) -> list[Span]:
-        """The tokens before the first document, and those of each candidate with what stands behind it."""
-        layout = self.reading.layout
-        return [Span(0, layout.documents[0].start), *_spans(layout)]
+from qr_integrations.types import Document, Ranking, ScoredDocument
 
 
 class DocumentIndex:
@@ -89,8 +58,7 @@ class DocumentIndex:
         if reranker.scorer.style.first_occurrence:
             raise InputError("an index knows where its documents stand: leave out first_occurrence")
         self.reranker, self.kept, self.whole = reranker, kept, whole
-        self._scorer = reranker.scorer
-        self._top_heads = None if whole else _read_keys(reranker)
+        self._reader = WindowReader(reranker, kept, whole=whole)
         self._windows: tuple[Window, ...] = ()
         self._documents: tuple[Document, ...] = ()
         self._changing = threading.Lock()
@@ -215,7 +183,7 @@ class DocumentIndex:
         if not windows:
             return [Ranking(query, ()) for query in queries]
         asked = [self.reranker.query(query, instruction) for query in queries]
-        found = self._scorer.score_windows([window.reading for window in windows], asked)
+        found = self.reranker.scorer.score_windows([window.reading for window in windows], asked)
         self._check_lengths([layout for scored in found for layout, _ in scored])
         explained = int(explain) if explain is not True else top_k or sum(len(w.candidates) for w in windows)
         return [
@@ -246,10 +214,10 @@ class DocumentIndex:
             return
         with self._changing:
             windows = list(self._windows)
-            parts = self._parts(given, len(self._documents), windows[-1] if windows else None)
-            tell = _Told(progress, sum(candidate.cost for _, part in parts for candidate in part))
+            parts = self._reader.parts(given, len(self._documents), windows[-1] if windows else None)
+            tell = Told(progress, sum(candidate.cost for _, part in parts for candidate in part))
             for is_new, part in parts:
-                grown = self._grown(None if is_new else windows.pop(), part, tell)
+                grown = self._reader.grown(None if is_new else windows.pop(), part, tell)
                 windows.append(grown)
             self._windows, self._documents = tuple(windows), self._documents + tuple(given)
 
@@ -271,7 +239,7 @@ class DocumentIndex:
                 raise InputError(f"there is no document #{wrong[0]} among {len(self)}: pass positions in documents")
             left = [index for index in range(len(self._documents)) if index not in gone]
             places = {index: place for place, index in enumerate(left)}
-            windows = [self._shrunk(window, places) for window in self._windows]
+            windows = [self._reader.shrunk(window, places) for window in self._windows]
             self._windows = tuple(window for window in windows if window is not None)
             self._documents = tuple(self._documents[index] for index in left)
 
@@ -309,90 +277,41 @@ class DocumentIndex:
         assert beginning is not None
         if self.layout == "block":
             pieces.sort(key=lambda entry: chosen.index(entry[0]))
-            return self._side_by_side([beginning, *(piece for _, piece in pieces)])
+            return self._reader.side_by_side([beginning, *(piece for _, piece in pieces)])
         behind = holding[0][0].prefix.num_positions
-        return join([beginning, *(piece for _, piece in pieces)], dtype=self._dtype, next_position=behind)
+        return self._reader.side_by_side([beginning, *(piece for _, piece in pieces)], next_position=behind)
 
-    # ---- reading
+    def save(self, folder: str | Path) -> None:
+        """Write the index, or what is new of it, into a folder of its own; a process that is killed leaves the old one.
 
-    def _parts(self, given: Sequence[Document], first: int, last: Window | None) -> list[tuple[bool, list[Candidate]]]:
-        """New documents by window: whether it is a new one, and what goes into it."""
-        limits = self.reranker.limits
-        window = limits.max_context_tokens
-        room = None if window is None else max(window - _ROOM_FOR_QUERY, window // 2)
-        fitted = self.reranker.fit(Query("?"), given, replace(limits, max_context_tokens=room))
-        if last is None:
-            return [(True, part) for part in fitted]
-        candidates = [replace(one, index=one.index + first) for part in fitted for one in part]
-        used, many = len(last.reading.layout.shared), len(last.candidates)
-        count = 0
-        for count, ends in enumerate(accumulate(candidate.cost for candidate in candidates), start=1):
-            full = room is not None and used + ends > room
-            if full or (limits.batch_size is not None and many + count > limits.batch_size):
-                count -= 1
-                break
-        rest = candidates[count:]
-        budget = sum(candidate.cost for candidate in rest) if room is None else room - last.spans[0].stop
-        packed = pack_windows([candidate.cost for candidate in rest], budget, limits.batch_size) if rest else []
-        parts = [(True, [rest[i] for i in numbers]) for numbers in packed]
-        return [(False, candidates[:count]), *parts] if count else parts
+        Raises:
+            InputError: the folder holds something else, a document has metadata that JSON cannot hold, or the reranker
+                is of a class of your own; nothing is written then.
+        """
+        with self._changing:
+            windows, documents = self._windows, self._documents
+        kept = tuple((window.candidates, window.reading) for window in windows)
+        write_index(folder, IndexContents(self.reranker, self.kept, self.whole, documents, kept))
 
-    def _grown(self, window: Window | None, part: Sequence[Candidate], tell: "_Told") -> Window:
-        """The window with further candidates behind; a new one of them."""
-        candidates = (*(() if window is None else window.candidates), *part)
-        reading = self._scorer.lay_out([candidate.read for candidate in candidates])
-        if self.layout == "block":
-            new = self._read_blocks(part, tell)
-            old = new[:1] if window is None else cut(window.prefix, window.spans)
-            behind = new[1:]
-            if self.reranker.refinements.positions == "in_line":
-                behind = in_line(behind, self._scorer.rotation().moved, start=old[-1].position + len(old[-1]))
-            reading.prefix = self._side_by_side([*old, *behind])
-        else:
-            reuse = None if window is None else window.prefix
-            prefix = self._scorer.prefill(reading.layout, reuse, whole=self.whole, progress=tell)
-            reading.prefix = self._packed(prefix)
-        return Window(candidates, reading)
+    @classmethod
+    def load(
+        cls, folder: str | Path, model: Backend | str | Path | None = None, *, verify: bool = True
+    ) -> "DocumentIndex":
+        """Open what `save` wrote. On a CPU, keys and values stay on the disk until a query reads them.
 
-    def _shrunk(self, window: Window, places: Mapping[int, int]) -> Window | None:
-        """The window with the documents that are left, at their new places."""
-        left = [i for i, candidate in enumerate(window.candidates) if candidate.index in places]
-        if not left:
-            return None
-        candidates = tuple(replace(window.candidates[i], index=places[window.candidates[i].index]) for i in left)
-        if len(left) == len(window.candidates):
-            return replace(window, candidates=candidates)
-        reading = self._scorer.lay_out([candidate.read for candidate in candidates])
-        if self.layout == "block":
-            beginning, *pieces = cut(window.prefix, window.spans)
-            reading.prefix = self._side_by_side([beginning, *(pieces[i] for i in left)])
-        else:
-            reading.prefix = self._packed(self._scorer.prefill(reading.layout, window.prefix, whole=self.whole))
-        return Window(candidates, reading)
+        Args:
+            folder: where.
+            model: the one it was built with, or its name; None loads it by the name it had.
+            verify: read all files once, and compare their digests; else their sizes only.
 
-    def _read_blocks(self, part: Sequence[Candidate], tell: "_Told") -> list[Piece]:
-        """The beginning and each document; some documents at a time, packed away before the next ones are read."""
-        pieces: list[Piece] = []
-        for some in _batches(part):
-            reading = self._scorer.lay_out([candidate.read for candidate in some])
-            prefix = self._scorer.prefill(reading.layout, whole=self.whole)
-            read = cut(self._packed(prefix), Window(tuple(some), reading).spans)
-            pieces += read[1:] if pieces else read
-            tell(sum(map(len, read[1:])))
-        return pieces
-
-    def _packed(self, prefix: Prefix) -> Prefix:
-        return pack(prefix, dtype=self.kept, top_heads=self._top_heads)
-
-    def _side_by_side(self, pieces: Sequence[Piece]) -> Prefix:
-        """A beginning, and behind it blocks at the positions that they have."""
-        num_heads = self.backend.attention_layers[pieces[0].top_layer].num_kv_heads
-        return join(pieces, dtype=self._dtype, top_heads=self._top_heads, num_top_heads=num_heads)
-
-    @property
-    def _dtype(self) -> torch.dtype:
-        dtype: torch.dtype = self.backend.model.dtype
-        return dtype
+        Raises:
+            LoadError: no index, a damaged one, or one of another model, tokenizer or version.
+        """
+        saved = read_index(folder, model, verify=verify)
+        index = cls(saved.reranker, saved.kept, whole=saved.whole)
+        index._documents = saved.documents
+        index._windows = tuple(Window(candidates, reading) for candidates, reading in saved.windows)
+        return index
 
 
 def _merged(
@@ -409,40 +328,3 @@ def _merged(
             if known is None or known.score < entrant.item.score:
                 best[entrant.item.index] = entrant.item
     return explained_only(sorted(best.values(), key=lambda item: (-item.score, item.index)), explained)
-
-
-class _Told:
-    """Counts tokens for the caller's bar."""
-
-    def __init__(self, progress: Progress | None, total: int) -> None:
-        self.progress, self.total, self.done = progress, total, 0
-
-    def __call__(self, num_tokens: int) -> None:
-        self.done = min(self.done + num_tokens, self.total)
-        if self.progress is not None:
-            self.progress(self.done, self.total)
-
-
-def _spans(layout: PromptLayout) -> list[Span]:
-    starts = [span.start for span in layout.documents]
-    return [Span(*span) for span in pairwise([*starts, layout.shared.stop])]
-
-
-def _batches(part: Sequence[Candidate]) -> Iterator[list[Candidate]]:
-    """Documents that are read before any is packed away."""
-    some: list[Candidate] = []
-    for candidate in part:
-        if some and sum(one.cost for one in some) + candidate.cost > _BLOCK_TOKENS:
-            yield some
-            some = []
-        some.append(candidate)
-    if some:
-        yield some
-
-
-def _read_keys(reranker: AttentionReranker) -> tuple[int, ...] | None:
-    """The key/value heads of the deepest layer that are read; None if all are."""
-    top = reranker.backend.attention_layers[reranker.heads.top_layer]
-    shared = top.num_heads // top.num_kv_heads
-    read = {head // shared for layer, head in reranker.heads.heads if layer == reranker.heads.top_layer}
-    return tuple(sorted(read)) if len(read) < top.num_kv_heads else None
