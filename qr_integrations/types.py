@@ -94,7 +94,8 @@ class ScoredDocument:
     Attributes:
         index: position in the list the caller passed; two equal documents stay two.
         score: calibrated attention mass, a share of one query row's attention, no unit. May be negative: the query
-            looked less at this document than the null query did. Comparable within one ranking only.
+            looked less at this document than the null query did. Comparable within one ranking only. Of several prompts
+            it is, unless told otherwise, the share that the document would have among 16 average others.
         document: what the caller passed, as a `Document`.
         num_tokens: tokens of the document in the prompt.
         num_tokens_cut: tokens left out to fit the window; 0 when the document was read whole.
@@ -113,10 +114,17 @@ class ScoredDocument:
 
 @dataclass(frozen=True, slots=True)
 class Ranking(Sequence[ScoredDocument]):
-    """A sequence of `ScoredDocument`, most relevant first; ties keep the caller's order."""
+    """A sequence of `ScoredDocument`, most relevant first; ties keep the caller's order.
+
+    Attributes:
+        query: what was asked.
+        items: the documents.
+        notes: what had to be done otherwise than asked, in words; empty if nothing had.
+    """
 
     query: str
     items: tuple[ScoredDocument, ...]
+    notes: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.items)
@@ -139,7 +147,7 @@ class Ranking(Sequence[ScoredDocument]):
 
     def top(self, k: int | None) -> "Ranking":
         """The first `k` documents; None keeps all."""
-        return self if k is None else Ranking(self.query, self.items[:k])
+        return self if k is None else Ranking(self.query, self.items[:k], self.notes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -258,3 +266,28 @@ class AnswerPiece:
 
     delta: str
     answer: Answer | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class GroundedAnswer:
+    """An answer from documents that were ranked for its question.
+
+    Attributes:
+        answer: what the model said, and how.
+        ranking: of all documents.
+        used: which of them the model answered from, as `ScoredDocument.index` counts them.
+    """
+
+    answer: Answer
+    ranking: Ranking
+    used: tuple[int, ...]
+
+    @property
+    def text(self) -> str:
+        """The answer's text."""
+        return self.answer.text
+
+    @property
+    def sources(self) -> tuple[ScoredDocument, ...]:
+        """The documents that the model answered from, best first."""
+        return tuple(item for item in self.ranking if item.index in self.used)

@@ -116,3 +116,50 @@ def test_a_relative_path_and_a_link_are_followed(tmp_path: Path, monkeypatch: py
         (place / "two").write_text("2")
     assert (tmp_path / "work" / "link").is_symlink() and names(tmp_path / "real") == ["two"]
     assert names(tmp_path) == ["real", "work"] and names(tmp_path / "work") == ["link", "new"]
+
+
+def test_a_file_that_is_named_after_what_it_holds(tmp_path: Path, umask: int) -> None:
+    from hashlib import sha256
+
+    from qr_integrations.files import write_by_content
+
+    digest = sha256(b"one, two").hexdigest()
+    written = write_by_content(tmp_path, [b"one, ", memoryview(b"two")], "part-{}.bin")
+    assert written == (f"part-{digest[:32]}.bin", 8, digest)
+    assert names(tmp_path) == [written[0]] and (tmp_path / written[0]).read_bytes() == b"one, two"
+    assert mode(tmp_path / written[0]) == 0o666 & ~umask
+
+
+def test_a_file_whose_contents_fail_is_not_there(tmp_path: Path) -> None:
+    from qr_integrations.files import write_by_content
+
+    def chunks() -> Iterator[bytes]:
+        yield b"one"
+        raise MemoryError
+
+    with pytest.raises(MemoryError):
+        write_by_content(tmp_path, chunks(), "{}")
+    assert not names(tmp_path)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no such locks")
+def test_one_at_a_time_holds_a_folder(tmp_path: Path) -> None:
+    import threading
+
+    from qr_integrations.files import locked_folder
+
+    order, waiting = [], threading.Event()
+
+    def second() -> None:
+        waiting.set()
+        with locked_folder(tmp_path):
+            order.append("second")
+
+    with locked_folder(tmp_path):
+        thread = threading.Thread(target=second)
+        thread.start()
+        waiting.wait()
+        thread.join(0.1)
+        order.append("first")
+    thread.join()
+    assert order == ["first", "second"] and not names(tmp_path)

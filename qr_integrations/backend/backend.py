@@ -143,7 +143,8 @@ class Backend(Reader):
             prune: drops tokens of the pictures: `qr_integrations.pruning.CDPruner`, `SparseVLM`.
             deco: corrects what is said: `qr_integrations.decoding.DeCo`.
             prefix: what was read before, through all layers: the beginning of the user's turn, which `messages`, one
-                text, go on with. Only what follows it is read. See `DocumentIndex.prefix`.
+                text, go on with. Only what follows it is read; `steps["prefix"]` counts the tokens that were not. See
+                `DocumentIndex.prefix`.
             generation: `max_new_tokens` (256), `temperature` (0), `top_p`, `top_k`, `num_beams` (1),
                 `repetition_penalty` (1), `stop` (texts that end the answer), `seed`; see `Generation`.
 

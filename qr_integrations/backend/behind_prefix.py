@@ -45,7 +45,7 @@ def lay_out_behind(backend: Reader, messages: tuple[Message, ...], prefix: Prefi
             f"{len(tail):,} tokens behind a prefix that ends at position {prefix.num_positions:,} leave no room for an "
             f"answer, {backend.name!r} holds {backend.max_tokens:,}: pass fewer documents, or a shorter question"
         )
-    _check_window(backend, prefix, stop)
+    _check_window(backend, prefix, max(stop, len(prefix) + len(tail)))
     token_ids = (*prefix.token_ids, *tail)
     ids = torch.tensor([token_ids], device=backend.device)
     inputs: dict[str, Tensor] = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
@@ -83,7 +83,7 @@ def num_positions_behind(prompt: Prompt, prefix: Prefix | None) -> int:
 def _check_layers(backend: Reader, prefix: Prefix) -> None:
     """Whether the whole model can go on from it."""
     last = backend.config.num_hidden_layers - 1
-    cure = "build the index with answers=True, or prefill with top_layer={last} and values=True".format(last=last)
+    cure = f"build the index with answers=True, or prefill with top_layer={last} and values=True"
     if prefix.top_layer != last:
         raise InputError(f"the prefix holds layers 0..{prefix.top_layer}, an answer needs 0..{last}: {cure}")
     layers: list[Any] = prefix.cache.layers if prefix.cache is not None else []
@@ -120,11 +120,11 @@ def _first_key(layer: Any) -> Tensor:
     return keys.float()
 
 
-def _check_window(backend: Reader, prefix: Prefix, stop: int) -> None:
-    """A mask counts tokens, not positions: where positions are left out, it would let sliding layers see too far."""
+def _check_window(backend: Reader, prefix: Prefix, length: int) -> None:
+    """Sliding layers see so many positions back, their mask counts tokens: where these differ, all must be in sight."""
     window = narrowest_window(backend.config)
-    if prefix.next_position is not None and window is not None and stop > window:
+    if (prefix.blocks or prefix.next_position is not None) and window is not None and length > window:
         raise UnsupportedModelError(
-            f"layers of {backend.name!r} see {window:,} tokens back, the documents span {stop:,} positions with gaps "
-            "between them: build the index with layout='block', or write the documents into the question"
+            f"layers of {backend.name!r} see {window:,} tokens back, documents that are not read one after the other "
+            f"need {length:,}: answer from fewer of them, or write them into the question"
         )

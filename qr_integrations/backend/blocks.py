@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-from qr_integrations.backend.prefix import Prefix, sliding_window
+from qr_integrations.backend.prefix import Prefix, narrowest_window
 from qr_integrations.errors import InputError, UnsupportedModelError
 from qr_integrations.types import Span
 
@@ -57,7 +57,16 @@ def read_blocks(
 def _check(beginning: Prefix, num_tokens: int, config: Any) -> None:
     if not beginning.can_crop or beginning.cache is None:
         raise UnsupportedModelError("recurrent layers read documents one after the other: leave out layout='block'")
-    window = sliding_window(config)
+    check_reach(num_tokens, config)
+
+
+def check_reach(num_tokens: int, config: Any) -> None:
+    """Blocks can only be read where all layers see all of them.
+
+    Raises:
+        UnsupportedModelError: some layers do not see that far back.
+    """
+    window = narrowest_window(config)
     if window is not None and num_tokens > window:
         raise UnsupportedModelError(
             f"sliding layers see {window:,} tokens back, the documents have {num_tokens:,}: leave out layout='block'"

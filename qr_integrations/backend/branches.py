@@ -5,7 +5,7 @@ values are read where they lie: nothing is appended to them, and no mask is as w
 wanted come out of the same softmax. Splitting a softmax so is exact (Hydragen, arXiv 2402.05099).
 
 Legend: N branches, K kept heads, H heads, G key/value heads, P tokens of the prefix, F of the trunk, S of this pass,
-T = F + S; R rows: those of the heads that share keys, one head after the other.
+T = F + S, M spans; R rows: those of the heads that share keys, one head after the other.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -35,12 +35,14 @@ class Trunk:
         token_ids: F of them.
         keys, values: ``[1, G, F, D]`` of every layer.
         attention: ``[K, P]``, what its rows pay to the prefix, added up.
+        by_span: ``[K, F, M]``, what each of its rows pays to each of `Wanted.spans`.
     """
 
     token_ids: tuple[int, ...]
     keys: Mapping[int, Tensor]
     values: Mapping[int, Tensor]
     attention: Float[Tensor, "K P"]
+    by_span: Float[Tensor, "K F M"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,10 +52,12 @@ class Wanted:
     Attributes:
         heads: ``(layer, head)`` pairs, in the order of the result.
         per_head: False adds up the heads; K is 1 then.
+        spans: tokens of the prefix, M stretches that follow each other; what every single row pays to each is read too.
     """
 
     heads: tuple[tuple[int, int], ...]
     per_head: bool = True
+    spans: tuple[Span, ...] = ()
 
     @property
     def top_layer(self) -> int:
@@ -89,6 +93,7 @@ class BranchPass(Pass):
 
     Attributes:
         sums: ``[N, K, P]``, fp32.
+        by_span: ``[K, S, M]``, fp32.
         new: layer -> keys and values of this pass's tokens.
     """
 
@@ -99,6 +104,7 @@ class BranchPass(Pass):
         self.trunk, self.branches, self.heads = trunk, branches, wanted
         self.new: dict[int, tuple[Tensor, Tensor]] = {}
         self.sums: Tensor = torch.zeros(len(branches), wanted.num_rows, len(prefix))
+        self.by_span: Tensor = torch.zeros(wanted.num_rows, branches[-1].stop, len(wanted.spans))
 
     def cache(self) -> DynamicCache:
         """For the model's own forward pass."""
@@ -113,7 +119,7 @@ class BranchPass(Pass):
             raise UnsupportedModelError("a learned position bias is not read: ask one query at a time")
         layer = module.layer_idx
         self.new[layer] = key, value
-        self.sums = self.sums.to(query.device)
+        self.sums, self.by_span = self.sums.to(query.device), self.by_span.to(query.device)
         is_top = layer == self.stop_after
         brought = self._gather(layer, query, key, None if is_top else value, kwargs)
         if brought is None:
@@ -175,6 +181,10 @@ class BranchPass(Pass):
                     slice(start - head * total, stop - head * total),
                 )
                 self.sums[:, place] += (owners[:, mine] * share_GR1[group, here, 0]) @ far_GRP[group, here]
+                if self.heads.spans:
+                    self.by_span[place, mine] += share_GR1[group, here] * added_up(
+                        far_GRP[group, here], self.heads.spans
+                    )
 
 
 def _far(
@@ -193,6 +203,13 @@ def _far(
         highest = logits.amax(-1, keepdim=True)
         torch.softmax(logits, -1, out=logits)
         yield rows, logits, highest - logits.amax(-1, keepdim=True).log()
+
+
+def added_up(rows_RP: Float[Tensor, "R P"], spans: Sequence[Span]) -> Float[Tensor, "R M"]:
+    """What falls on each span; in fp64, as the differences of running sums."""
+    upto = torch.nn.functional.pad(rows_RP.cumsum(-1, dtype=torch.float64), (1, 0))
+    starts, stops = [span.start for span in spans], [span.stop for span in spans]
+    return (upto[:, stops] - upto[:, starts]).float()
 
 
 def _capped(logits: Tensor, softcap: float | None) -> Tensor:

@@ -1,5 +1,7 @@
 """Which model it is that computed something, so that what is kept of it is not given to another one."""
 
+import json
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from hashlib import sha256
@@ -12,6 +14,7 @@ from torch import nn
 from qr_integrations.backend.opened import OpenedModel
 from qr_integrations.errors import LoadError
 
+_ATTENTION = re.compile(r"rope|rotary|theta|window|sliding|layer_types|chunk|scal|cap|eps$|alibi")
 _SAMPLE = 64  # numbers of each parameter
 _known: WeakKeyDictionary[nn.Module, tuple[torch.dtype, str]] = WeakKeyDictionary()
 
@@ -24,7 +27,8 @@ class ModelIdentity:
         name: as it was loaded.
         revision: the commit of its checkpoint; "" where there is none.
         dtype: of its weights.
-        weights: a digest of the shapes of all parameters and some numbers of each.
+        weights: a digest of the shapes of all parameters, some numbers of each, and of what the config says about
+            positions and attention.
     """
 
     name: str
@@ -67,8 +71,10 @@ _CURES = {
 }
 
 
-def _digest(model: nn.Module) -> str:
-    digest = sha256()
+def _digest(model: Any) -> str:
+    config = model.config.get_text_config(decoder=True).to_dict()
+    told = {name: value for name, value in config.items() if _ATTENTION.search(name) and value is not None}
+    digest = sha256(json.dumps(told, sort_keys=True, default=str).encode())
     for name, parameter in sorted(model.named_parameters()):
         digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
         if parameter.device.type != "meta":

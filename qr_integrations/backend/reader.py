@@ -17,7 +17,7 @@ from transformers import DynamicCache
 
 from qr_integrations.backend.attention_tap import AttentionTap, run_as, run_tapped
 from qr_integrations.backend.blocks import read_blocks
-from qr_integrations.backend.branches import BranchPass, Trunk, Wanted
+from qr_integrations.backend.branches import BranchPass, Trunk, Wanted, added_up
 from qr_integrations.backend.continuation import try_branches, try_continuations
 from qr_integrations.backend.memory import memory_advice
 from qr_integrations.backend.opened import OpenedModel
@@ -158,7 +158,7 @@ class Reader(OpenedModel):
         self._run_branches(state, [token_ids], prefix)
         keys = {layer: new[0] for layer, new in state.new.items()}
         values = {layer: new[1] for layer, new in state.new.items()}
-        return Trunk(tuple(token_ids), keys, values, state.sums[0])
+        return Trunk(tuple(token_ids), keys, values, state.sums[0], state.by_span)
 
     @torch.no_grad()
     def forward_branches(
@@ -183,22 +183,42 @@ class Reader(OpenedModel):
         Raises:
             InputError: an empty branch, or one that does not begin with the trunk.
         """
+        return torch.stack([means for means, _ in self._each_branch(branches, wanted, prefix, trunk)])
+
+    @torch.no_grad()
+    def forward_branch_rows(
+        self,
+        branches: Sequence[Sequence[int]],
+        wanted: Wanted,
+        *,
+        prefix: Prefix,
+        trunk: Trunk | None = None,
+    ) -> list[tuple[Float[Tensor, "K P"], Float[Tensor, "K _ M"]]]:
+        """As `forward_branches`; with each text's mean also what each of its rows pays to each of ``wanted.spans``."""
+        return list(self._each_branch(branches, wanted, prefix, trunk))
+
+    def _each_branch(
+        self, branches: Sequence[Sequence[int]], wanted: Wanted, prefix: Prefix, trunk: Trunk | None
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """The mean of the rows, and the rows by span."""
         self.check_heads(wanted.heads)
         shared = len(trunk.token_ids) if trunk else 0
         for number, branch in enumerate(branches):
             if len(branch) <= shared or (trunk and tuple(branch[:shared]) != trunk.token_ids):
                 raise InputError(f"branch #{number} has no token behind the trunk: pass texts that go on after it")
         if not self._can_branch(wanted.top_layer, prefix, max(map(len, branches))):
-            return torch.cat([self._one_branch(branch, wanted, prefix) for branch in branches])
-        means = []
+            yield from (self._one_branch(branch, wanted, prefix) for branch in branches)
+            return
         for group in _groups([len(branch) - shared for branch in branches]):
             own = [branches[i][shared:] for i in group]
-            ends = list(accumulate(map(len, own), initial=0))
-            state = BranchPass(prefix, trunk, [Span(*span) for span in pairwise(ends)], wanted)
+            places = [Span(*span) for span in pairwise(accumulate(map(len, own), initial=0))]
+            state = BranchPass(prefix, trunk, places, wanted)
             self._run_branches(state, own, prefix)
-            sums = state.sums if trunk is None else state.sums + trunk.attention
-            means.append(sums / torch.tensor([len(branches[i]) for i in group], device=sums.device)[:, None, None])
-        return torch.cat(means)
+            for sums, place in zip(state.sums, places, strict=True):
+                rows = state.by_span[:, place.slice()]
+                if trunk is not None:
+                    sums, rows = sums + trunk.attention, torch.cat([trunk.by_span, rows], dim=1)
+                yield sums / (shared + len(place)), rows
 
     def _can_branch(self, top_layer: int, prefix: Prefix, num_tokens: int) -> bool:
         """Whether the layers see all of the prefix and nothing but its keys and values; tried once per layer."""
@@ -212,10 +232,14 @@ class Reader(OpenedModel):
                 self._branching[top_layer] = try_branches(self, heads)
             return self._branching[top_layer]
 
-    def _one_branch(self, token_ids: Sequence[int], wanted: Wanted, prefix: Prefix) -> Float[Tensor, "1 K P"]:
+    def _one_branch(self, token_ids: Sequence[int], wanted: Wanted, prefix: Prefix) -> tuple[Tensor, Tensor]:
         rows = Span(len(prefix), len(prefix) + len(token_ids))
-        means = self.forward(token_ids, tap=AttentionTap(wanted.heads, rows), prefix=prefix)[..., : len(prefix)]
-        return means if wanted.per_head else means.sum(1, keepdim=True)
+        tap = AttentionTap(wanted.heads, rows, "none" if wanted.spans else "mean")
+        found = self.forward(token_ids, tap=tap, prefix=prefix)[0, ..., : len(prefix)]
+        found = found if wanted.per_head else found.sum(0, keepdim=True)
+        if not wanted.spans:
+            return found, found.new_zeros(len(found), len(token_ids), 0)
+        return found.mean(1), torch.stack([added_up(one, wanted.spans) for one in found])
 
     def _run_branches(self, state: BranchPass, branches: Sequence[Sequence[int]], prefix: Prefix) -> None:
         """One pass of branches side by side, all from the same position on."""

@@ -10,10 +10,15 @@ from qr_integrations.retrieval.heads import HeadSet
 from qr_integrations.retrieval.icr import ICRReranker
 from qr_integrations.retrieval.index import DocumentIndex
 from qr_integrations.retrieval.layout import PromptLayout
+from qr_integrations.retrieval.memory import ChatMemory
 from qr_integrations.retrieval.qrhead import QRHeadReranker
 from qr_integrations.retrieval.refinements import Refinements
+from qr_integrations.retrieval.store import CacheStats, DocumentCache
 
 __all__ = [
+    "CacheStats",
+    "ChatMemory",
+    "DocumentCache",
     "DocumentIndex",
     "HeadDetector",
     "HeadSet",

@@ -10,7 +10,8 @@ from qr_integrations.errors import InputError
 from qr_integrations.retrieval.layout import ANSWER, FIND, PromptStyle
 from qr_integrations.retrieval.refinements import PUBLISHED, Refinements
 from qr_integrations.retrieval.reranker import AttentionReranker
-from qr_integrations.retrieval.windows import Truncation
+from qr_integrations.retrieval.store import DocumentCache
+from qr_integrations.retrieval.windows import Merge, Truncation
 
 STYLES = {"IE": PromptStyle(FIND, strip=True), "QA": PromptStyle(ANSWER, strip=True)}
 
@@ -39,15 +40,17 @@ class ICRReranker(AttentionReranker):
         max_doc_tokens: int | None = None,
         max_context_tokens: int | None = None,
         batch_size: int | None = None,
+        merge: Merge = "one_scale",
         keep_prefixes: int = 2,
         refinements: Refinements | Mapping[str, Any] = PUBLISHED,
+        cache: DocumentCache | None = None,
     ) -> None:
         """Args:
         model: a `Backend`, or a name for `Backend.load`.
         retrieval_type: ``"IE"`` asks to find information, ``"QA"`` to answer a question (multi-hop).
         calibrated: subtract the null query's attention.
         prompt, instruction, null_instruction, truncation, max_doc_tokens, max_context_tokens, batch_size,
-            keep_prefixes, refinements: as in `QRHeadReranker`.
+            merge, keep_prefixes, refinements, cache: as in `QRHeadReranker`.
 
         Raises:
             InputError: unknown `retrieval_type`.
@@ -67,6 +70,8 @@ class ICRReranker(AttentionReranker):
             max_doc_tokens=max_doc_tokens,
             max_context_tokens=max_context_tokens,
             batch_size=batch_size,
+            merge=merge,
             keep_prefixes=keep_prefixes,
             refinements=refinements,
+            cache=cache,
         )

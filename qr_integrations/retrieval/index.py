@@ -16,6 +16,7 @@ from torch import Tensor
 
 from qr_integrations.backend import Backend, KeptDtype, Prefix, check_kept_dtype, cut
 from qr_integrations.errors import InputError, WindowError
+from qr_integrations.retrieval.answers import answer
 from qr_integrations.retrieval.index_files import IndexContents, read_index, write_index
 from qr_integrations.retrieval.kept_windows import Told, Window, WindowReader
 from qr_integrations.retrieval.layout import PromptLayout
@@ -30,7 +31,7 @@ from qr_integrations.retrieval.reranker import (
     entrants,
     explained_only,
 )
-from qr_integrations.types import Document, Ranking, ScoredDocument
+from qr_integrations.types import Document, GroundedAnswer, Ranking, ScoredDocument
 
 
 class DocumentIndex:
@@ -281,6 +282,10 @@ class DocumentIndex:
         behind = holding[0][0].prefix.num_positions
         return self._reader.side_by_side([beginning, *(piece for _, piece in pieces)], next_position=behind)
 
+    def answer(self, question: str, *, top_k: int = 3, **options: Any) -> GroundedAnswer:
+        """Rank, and answer from the best `top_k`, which are not read again; see `qr_integrations.retrieval.answers`."""
+        return answer(self, question, top_k=top_k, **options)
+
     def save(self, folder: str | Path) -> None:
         """Write the index, or what is new of it, into a folder of its own; a process that is killed leaves the old one.
 
@@ -290,8 +295,7 @@ class DocumentIndex:
         """
         with self._changing:
             windows, documents = self._windows, self._documents
-        kept = tuple((window.candidates, window.reading) for window in windows)
-        write_index(folder, IndexContents(self.reranker, self.kept, self.whole, documents, kept))
+        write_index(folder, IndexContents(self.reranker, self.kept, self.whole, documents, windows))
 
     @classmethod
     def load(
@@ -309,8 +313,7 @@ class DocumentIndex:
         """
         saved = read_index(folder, model, verify=verify)
         index = cls(saved.reranker, saved.kept, whole=saved.whole)
-        index._documents = saved.documents
-        index._windows = tuple(Window(candidates, reading) for candidates, reading in saved.windows)
+        index._windows, index._documents = saved.windows, saved.documents
         return index
 
 

@@ -30,10 +30,10 @@ from qr_integrations.files import locked_folder, sync_folder, write_by_content, 
 from qr_integrations.retrieval.document_lines import as_lines, from_lines
 from qr_integrations.retrieval.heads import HeadSet
 from qr_integrations.retrieval.icr import ICRReranker
+from qr_integrations.retrieval.kept_windows import Window
 from qr_integrations.retrieval.layout import PromptStyle
 from qr_integrations.retrieval.qrhead import QRHeadReranker
 from qr_integrations.retrieval.reranker import AttentionReranker
-from qr_integrations.retrieval.token_scores import Reading
 from qr_integrations.retrieval.windows import Candidate
 from qr_integrations.types import Document, Span
 from qr_integrations.version import __version__
@@ -52,16 +52,14 @@ class IndexContents:
     """What a `DocumentIndex` is made of.
 
     Attributes:
-        reranker, kept, whole: as there.
-        documents: what is searched.
-        windows: for each what is read of which document, and the prompt with its prefix.
+        reranker, kept, whole, documents, windows: as there.
     """
 
     reranker: AttentionReranker
     kept: KeptDtype
     whole: bool
     documents: tuple[Document, ...]
-    windows: tuple[tuple[tuple[Candidate, ...], Reading], ...]
+    windows: tuple[Window, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,10 +106,10 @@ def write_index(folder: str | Path, contents: IndexContents) -> None:
     with locked_folder(folder):
         _check_own(folder)
         documents = _File(*write_by_content(folder, lines, "documents-{}.jsonl"))
-        files = [_written(folder, _prefix(reading)) for _, reading in contents.windows]
+        files = [_written(folder, window.prefix) for window in contents.windows]
         windows = [
-            {"file": file.as_dict(), **_window_entry(candidates, _prefix(reading))}
-            for file, (candidates, reading) in zip(files, contents.windows, strict=True)
+            {"file": file.as_dict(), **_window_entry(window)}
+            for file, window in zip(files, contents.windows, strict=True)
         ]
         sync_folder(folder)
         manifest = {**settings, "documents": documents.as_dict(), "windows": windows}
@@ -174,11 +172,6 @@ def _is_ours(name: str) -> bool:
     return bool(_NAME.fullmatch(name) or _UNFINISHED.fullmatch(name))
 
 
-def _prefix(reading: Reading) -> Prefix:
-    assert reading.prefix is not None
-    return reading.prefix
-
-
 def _written(folder: Path, prefix: Prefix) -> _File:
     """The file of a window; one that is there already is not written again."""
     with _placing:
@@ -205,7 +198,8 @@ def _stamp(path: Path) -> tuple[int, ...]:
     return found.st_ino, found.st_size, found.st_mtime_ns
 
 
-def _window_entry(candidates: Sequence[Candidate], prefix: Prefix) -> dict[str, Any]:
+def _window_entry(window: Window) -> dict[str, Any]:
+    prefix = window.prefix
     assert prefix.cache is not None
     top: Any = prefix.cache.layers[-1]
     return {
@@ -215,7 +209,7 @@ def _window_entry(candidates: Sequence[Candidate], prefix: Prefix) -> dict[str, 
         "next_position": prefix.next_position,
         "top_heads": top.heads,
         "num_top_heads": top.num_heads,
-        "candidates": [_candidate_entry(candidate) for candidate in candidates],
+        "candidates": [_candidate_entry(candidate) for candidate in window.candidates],
     }
 
 
@@ -342,7 +336,7 @@ def _checked(folder: Path, entry: Mapping[str, Any], *, verify: bool) -> Path:
 
 def _window(
     folder: Path, entry: Mapping[str, Any], reranker: AttentionReranker, documents: Sequence[Document], *, verify: bool
-) -> tuple[tuple[Candidate, ...], Reading]:
+) -> Window:
     candidates = tuple(_candidate(one, documents) for one in entry["candidates"])
     reading = reranker.scorer.lay_out([candidate.read for candidate in candidates])
     if _digest(reading.shared_ids) != entry["tokens"]:
@@ -361,7 +355,7 @@ def _window(
         next_position=entry["next_position"],
     )
     _note(folder, reading.prefix, _File.of(entry["file"]))
-    return candidates, reading
+    return Window(candidates, reading)
 
 
 def _candidate(entry: Mapping[str, Any], documents: Sequence[Document]) -> Candidate:

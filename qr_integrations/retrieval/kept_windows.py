@@ -10,6 +10,7 @@ from itertools import accumulate, pairwise
 import torch
 
 from qr_integrations.backend import KeptDtype, Piece, Prefix, cut, in_line, join, pack
+from qr_integrations.backend.blocks import check_reach
 from qr_integrations.retrieval.layout import PromptLayout, Query
 from qr_integrations.retrieval.reranker import AttentionReranker, Progress
 from qr_integrations.retrieval.token_scores import Reading
@@ -128,6 +129,8 @@ class WindowReader:
         """A beginning, and behind it pieces at the positions that they have."""
         num_heads = self.reranker.backend.attention_layers[pieces[0].top_layer].num_kv_heads
         dtype: torch.dtype = self.reranker.backend.model.dtype
+        if self.blocks:
+            check_reach(sum(map(len, pieces)), self.reranker.backend.config)
         return join(
             pieces,
             dtype=dtype,

@@ -14,7 +14,7 @@ from torch import Tensor
 from qr_integrations.retrieval.windows import Candidate
 from qr_integrations.types import ScoredDocument, Span
 
-RIVALS = 10
+RIVALS = 16
 _LEAST = 1e-6  # of a row's attention that falls beside the documents; less is rounding
 
 

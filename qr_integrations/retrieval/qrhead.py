@@ -9,7 +9,8 @@ from qr_integrations.retrieval.heads import HeadSet
 from qr_integrations.retrieval.layout import FIND, PromptStyle
 from qr_integrations.retrieval.refinements import PUBLISHED, Refinements
 from qr_integrations.retrieval.reranker import AttentionReranker
-from qr_integrations.retrieval.windows import Truncation
+from qr_integrations.retrieval.store import DocumentCache
+from qr_integrations.retrieval.windows import Merge, Truncation
 
 
 class QRHeadReranker(AttentionReranker):
@@ -41,9 +42,11 @@ class QRHeadReranker(AttentionReranker):
         max_doc_tokens: int | None = None,
         max_context_tokens: int | None = None,
         batch_size: int | None = None,
+        merge: Merge = "one_scale",
         keep_prefixes: int = 2,
         refinements: Refinements | Mapping[str, Any] = PUBLISHED,
         first_occurrence: bool = False,
+        cache: DocumentCache | None = None,
     ) -> None:
         """Args:
         model: a `Backend`, or a name for `Backend.load`.
@@ -57,14 +60,16 @@ class QRHeadReranker(AttentionReranker):
             With 0, what the instruction asks for counts; with 1, only what the query adds to it.
         truncation: when documents exceed the window. ``"error"`` raises; ``"head"`` cuts the longest at their ends
             until all fit, or ranks in several prompts where too little of them would be left; ``"chunk"`` cuts nothing:
-            long documents are ranked in pieces, by their best one. The best of several prompts meet in a last one.
+            long documents are ranked in pieces, by their best one.
         max_doc_tokens: cut every document to this many tokens, or, with ``"chunk"``, into pieces of this many.
         max_context_tokens: window in tokens; None takes the model's own.
         batch_size: the most documents in one prompt.
+        merge: how several prompts become one ranking, see `Limits`: ``"one_scale"``, ``"final"`` or ``"raw"``.
         keep_prefixes: how many lists of documents stay in memory for further queries; 0 keeps none.
         refinements: ways to read and to count that the published method does not have, see `Refinements`; a mapping
             of its names will do.
         first_occurrence: the authors' text search for spans, quirk included.
+        cache: keeps the keys and values of single documents, for other lists that they come back in.
 
         Raises:
             HeadError: no heads are known for the model, or it lacks them.
@@ -81,6 +86,8 @@ class QRHeadReranker(AttentionReranker):
             max_doc_tokens=max_doc_tokens,
             max_context_tokens=max_context_tokens,
             batch_size=batch_size,
+            merge=merge,
             keep_prefixes=keep_prefixes,
             refinements=refinements,
+            cache=cache,
         )

@@ -8,7 +8,7 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from jaxtyping import Float
 from torch import Tensor, stack
@@ -19,10 +19,13 @@ from qr_integrations.errors import InputError, MemoryLimitError, WindowError
 from qr_integrations.retrieval.explain import attended_words, strongest_spans
 from qr_integrations.retrieval.heads import HeadSet
 from qr_integrations.retrieval.layout import PromptLayout, PromptStyle, Query
+from qr_integrations.retrieval.merging import Entrant, behind_the_final, best_of_all, finalists
 from qr_integrations.retrieval.refinements import PUBLISHED, Refinements
 from qr_integrations.retrieval.scoring import score_documents, score_documents_per_head
-from qr_integrations.retrieval.token_scores import Contents, TokenScorer, contents
-from qr_integrations.retrieval.windows import Candidate, Limits, Truncation, fit
+from qr_integrations.retrieval.store import DocumentCache
+from qr_integrations.retrieval.token_scores import Contents, contents
+from qr_integrations.retrieval.window_scores import WindowScorer
+from qr_integrations.retrieval.windows import Candidate, Limits, Merge, Truncation, fit, longest_of
 from qr_integrations.types import Document, Ranking, ScoredDocument, ScoredSpan
 
 _log = logging.getLogger(__name__)
@@ -38,13 +41,6 @@ class _Job:
     query: Query
     explained: int = 0
     max_spans: int | None = None
-
-
-class Entrant(NamedTuple):
-    """A document in one prompt: its best piece there, and what came of it."""
-
-    piece: Candidate
-    item: ScoredDocument
 
 
 class AttentionReranker:
@@ -63,17 +59,19 @@ class AttentionReranker:
         max_doc_tokens: int | None = None,
         max_context_tokens: int | None = None,
         batch_size: int | None = None,
+        merge: Merge = "one_scale",
         keep_prefixes: int = 2,
         refinements: Refinements | Mapping[str, Any] = PUBLISHED,
+        cache: DocumentCache | None = None,
     ) -> None:
         if not 0.0 <= null_instruction <= 1.0:
             raise InputError(f"null_instruction is a share, got {null_instruction}: pass a number from 0 to 1")
-        limits = Limits(max_context_tokens, max_doc_tokens, batch_size, truncation)
+        limits = Limits(max_context_tokens, max_doc_tokens, batch_size, truncation, merge)
         self.backend = model if isinstance(model, Backend) else Backend.load(model)
         self.heads = HeadSet.resolve(heads, self.backend)
         self.instruction = instruction
         self.limits = replace(limits, max_context_tokens=max_context_tokens or self.backend.max_tokens)
-        self.scorer = TokenScorer(
+        self.scorer = WindowScorer(
             self.backend,
             self.heads,
             style,
@@ -81,6 +79,7 @@ class AttentionReranker:
             null_instruction=null_instruction,
             keep_prefixes=keep_prefixes,
             refinements=Refinements.of(refinements),
+            cache=cache,
         )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "AttentionReranker":
@@ -113,7 +112,8 @@ class AttentionReranker:
                 fit into one.
 
         Returns:
-            Best first; ties keep the given order. No documents give an empty ranking without running the model.
+            Best first; ties keep the given order. No documents give an empty ranking without running the model. Where
+            memory ran out and shorter prompts did, `Ranking.notes` says so.
 
         Raises:
             InputError: no query, or something that is no document.
@@ -131,17 +131,19 @@ class AttentionReranker:
         explained = int(explain) if explain is not True else top_k or len(given)
         job = _Job(self.query(query, instruction), explained, max_spans)
         limits = self.limits
+        notes: tuple[str, ...] = ()
         while True:
             windows = self.fit(job.query, given, limits)
             try:
                 items = self._rank(job, windows, progress or _silent)
-                return Ranking(query, tuple(explained_only(items, job.explained))).top(top_k)
+                return Ranking(query, tuple(explained_only(items, job.explained)), notes).top(top_k)
             except MemoryLimitError:
-                if limits.truncation == "error" or (longest := _longest(windows)) < 2 * _LEAST_WINDOW:
+                if limits.truncation == "error" or (longest := longest_of(windows)) < 2 * _LEAST_WINDOW:
                     raise
             # out of the except block, whose traceback holds on to the tensors
-            _log.warning("out of memory: ranking again in prompts of %d tokens", longest // 2)
             limits = replace(limits, max_context_tokens=longest // 2)
+            notes = (f"out of memory: ranking again in prompts of {longest // 2:,} tokens",)
+            _log.warning(notes[0])
             self.forget()
             free_memory()
 
@@ -215,7 +217,7 @@ class AttentionReranker:
         """Every word of document `index` (position in `documents`) with the part of its score that fell on it.
 
         Call it after `rank` with the same documents: they are not read again. Of a long document in pieces, the words
-        of its first piece.
+        of its first piece; of several prompts, the score that the document has in its own.
         """
         given = as_documents(documents)
         if not 0 <= index < len(given):
@@ -246,71 +248,51 @@ class AttentionReranker:
         """Documents, or what is read of them, by window."""
         return fit(documents, lambda read: self.scorer.layout(query, read), limits)
 
+    def _rank(self, job: _Job, windows: Sequence[Sequence[Candidate]], progress: Progress) -> Sequence[ScoredDocument]:
+        if len(windows) == 1:
+            return [entrant.item for entrant in self._score(job, windows[0], 0)]
+        if self.limits.merge == "final":
+            return self._play_off(job, windows, progress)
+        return best_of_all(self._heats(job, windows, progress))
+
     def _score(self, job: _Job, candidates: Sequence[Candidate], window: int) -> list[Entrant]:
         """One prompt, best first; of a document in several pieces, the best."""
         layout, scores_KT = self.scorer.score(job.query, [candidate.read for candidate in candidates])
         return entrants(candidates, layout, scores_KT, window, explained=job.explained, max_spans=job.max_spans)
 
-    def _rank(self, job: _Job, windows: Sequence[Sequence[Candidate]], progress: Progress) -> Sequence[ScoredDocument]:
-        if len(windows) > 1:
-            return self._play_off(job, windows, progress)
-        return [entrant.item for entrant in self._score(job, windows[0], 0)]
+    def _heats(self, job: _Job, windows: Sequence[Sequence[Candidate]], progress: Progress) -> list[list[Entrant]]:
+        """Every window, best first, with scores as `Limits.merge` wants them."""
+        read = [[candidate.read for candidate in window] for window in windows]
+        scored, asked = [], []
+        for number, documents in enumerate(read):
+            if self.limits.merge == "one_scale":
+                asked.append(self.scorer.ask(job.query, documents))
+            else:
+                scored.append(self.scorer.score(job.query, documents))
+            progress(number + 1, len(windows) + (self.limits.merge == "final"))
+        return [
+            entrants(window, layout, scores_KT, number, explained=job.explained, max_spans=job.max_spans)
+            for number, (window, (layout, scores_KT)) in enumerate(
+                zip(windows, scored or self.scorer.merge(job.query, asked, read), strict=True)
+            )
+        ]
 
     def _play_off(self, job: _Job, windows: Sequence[Sequence[Candidate]], progress: Progress) -> list[ScoredDocument]:
-        """Scores of different windows are shares of different wholes, so the best of each window meet in a final one.
+        """The best of each window meet in a final one: as many as fit, the windows taking turns.
 
-        As many as fit go on, the windows taking turns. The others follow, by their scores times what the finalists of
-        their window gained or lost in the final, and never above the last finalist.
+        The others follow, by their scores times what the finalists of their window gained or lost in the final, and
+        never above the last finalist.
         """
-        heats = []
-        for number, window in enumerate(windows):
-            heats.append(self._score(job, window, number))
-            progress(number + 1, len(windows) + 1)
-        chosen = self._finalists(heats, room=_longest(windows))
+        heats = self._heats(job, windows, progress)
+        chosen = finalists(heats, longest_of(windows), self.limits.batch_size)
         final = [e.item for e in self._score(job, sorted(chosen, key=lambda c: (c.index, c.start)), len(windows))]
         progress(len(windows) + 1, len(windows) + 1)
-        return final + _others(heats, final)
-
-    def _finalists(self, heats: Sequence[Sequence[Entrant]], room: int) -> list[Candidate]:
-        """The best of every window, then the second ... while they fit; each document once."""
-        places = sorted(
-            ((place, -entrant.item.score, entrant.piece) for heat in heats for place, entrant in enumerate(heat)),
-            key=lambda entry: entry[:2],
-        )
-        chosen: dict[int, Candidate] = {}
-        for _, _, piece in places:
-            room -= 0 if piece.index in chosen else piece.cost
-            if room < 0 or len(chosen) == self.limits.batch_size:
-                break
-            chosen.setdefault(piece.index, piece)
-        return list(chosen.values())
+        return final + behind_the_final(heats, final)
 
 
 def explained_only(items: Sequence[ScoredDocument], count: int) -> list[ScoredDocument]:
     """Spans for the first `count` only: in the prompts before the last, others stood first."""
     return [replace(item, spans=()) if item.spans and place >= count else item for place, item in enumerate(items)]
-
-
-def _longest(windows: Sequence[Sequence[Candidate]]) -> int:
-    return max(sum(candidate.cost for candidate in window) for window in windows)
-
-
-def _others(heats: Sequence[Sequence[Entrant]], final: Sequence[ScoredDocument]) -> list[ScoredDocument]:
-    """The documents that did not reach the final, on its scale as far as that can be told."""
-    reached = {item.index: item.score for item in final}
-    others: dict[int, ScoredDocument] = {}
-    for heat in heats:
-        here = sum(max(0.0, e.item.score) for e in heat if e.item.index in reached)
-        there = sum(max(0.0, reached[e.item.index]) for e in heat if e.item.index in reached)
-        scale = there / here if there > 0 and here > 0 else 1.0
-        for item in (e.item for e in heat if e.item.index not in reached):
-            spans = tuple(replace(span, score=span.score * scale) for span in item.spans)
-            scaled = replace(item, score=item.score * scale, spans=spans)
-            if item.index not in others or others[item.index].score < scaled.score:
-                others[item.index] = scaled
-    last = final[-1].score
-    in_order = sorted(others.values(), key=lambda item: (-item.score, item.index))
-    return [replace(item, score=min(item.score, last)) for item in in_order]
 
 
 def entrants(

@@ -13,7 +13,6 @@ from jaxtyping import Float
 from torch import Tensor
 
 from qr_integrations.backend import (
-    AttentionTap,
     Backend,
     KeyRotation,
     Prefix,
@@ -26,15 +25,14 @@ from qr_integrations.backend import (
 )
 from qr_integrations.retrieval.heads import HeadSet
 from qr_integrations.retrieval.layout import PromptLayout, PromptStyle, PromptWriter, Query
-from qr_integrations.retrieval.merging import Shares, on_one_scale
 from qr_integrations.retrieval.refinements import PUBLISHED, Refinements, average_orders, orders_of, token_weights
 from qr_integrations.retrieval.scoring import calibrate
+from qr_integrations.retrieval.store import DocumentCache
 from qr_integrations.types import Document, Span
 
 NULL_QUERY = "N/A"
 _OTHER_QUERY = "who?"  # shares nothing with the null query
 _KEEP_LAYOUTS = 4
-_ROWS = 2**27  # attention weights that are read at a time where rows are wanted apart: half a gigabyte
 _KEEP_ASKED = 16  # per list of documents: with or without an instruction, summed or per head
 Contents = tuple[tuple[str | None, str], ...]
 
@@ -66,15 +64,6 @@ class Reading:
         return self.layout.token_ids[self.layout.shared.slice()]
 
 
-@dataclass(frozen=True, slots=True)
-class Asked:
-    """What a query, and the null queries that go with it, pay to one window: everything that is kept of its pass."""
-
-    layout: PromptLayout
-    shares: Shares
-    nulls: tuple[Shares, ...]
-
-
 class TokenScorer:
     """Scores the tokens of documents for a query: the query's attention minus the null query's.
 
@@ -97,9 +86,10 @@ class TokenScorer:
         null_instruction: float,
         keep_prefixes: int,
         refinements: Refinements = PUBLISHED,
+        cache: DocumentCache | None = None,
     ) -> None:
         self.backend, self.heads, self.calibrated = backend, heads, calibrated
-        self.null_instruction, self.refinements = null_instruction, refinements
+        self.null_instruction, self.refinements, self.cache = null_instruction, refinements, cache
         self.style = replace(style, blocks=refinements.layout == "block")
         self._writer = PromptWriter(backend, self.style)
         self._keep = keep_prefixes * refinements.orders
@@ -141,7 +131,13 @@ class TokenScorer:
         """Compute its prefix, unless it is there: of several threads with the same documents, one reads them."""
         with reading.lock:
             if reading.prefix is None:
-                reading.prefix = self._placed(self.prefill(reading.layout))
+                reading.prefix = self._placed(self._looked_up(reading.layout))
+
+    def _looked_up(self, layout: PromptLayout) -> Prefix:
+        """What stands before the query; what the cache holds of it is not read."""
+        if self.cache is None:
+            return self.prefill(layout)
+        return self.cache.read(self.backend, layout, top_layer=self.heads.top_layer)
 
     def prefill(
         self,
@@ -176,101 +172,6 @@ class TokenScorer:
         beginning, *pieces = cut(prefix, [Span(0, prefix.blocks[0].start), *prefix.blocks])
         placed = in_line(pieces, self.rotation().moved, start=len(beginning))
         return join([beginning, *placed], dtype=self.backend.model.dtype)
-
-    def score_windows(
-        self, readings: Sequence[Reading], queries: Sequence[Query], *, one_scale: bool = True
-    ) -> list[list[tuple[PromptLayout, Float[Tensor, "1 _"]]]]:
-        """As `score`, for several queries over windows that were read, in as few passes as possible.
-
-        Args:
-            readings: one or several windows, each with its prefix.
-            queries: all go through the model together, window by window.
-            one_scale: make the scores of several windows comparable, see `on_one_scale`.
-
-        Returns:
-            For each query, for each window.
-        """
-        if len(readings) == 1 or not one_scale:
-            by_window = [self._of_reading(reading, queries, per_head=False) for reading in readings]
-            found = [list(windows) for windows in zip(*by_window, strict=True)]
-        else:
-            found = [self._merged(query, [self._ask(reading, query) for reading in readings]) for query in queries]
-        return [
-            [(layout, self._weighted(layout, query, scores_KT)) for layout, scores_KT in windows]
-            for query, windows in zip(queries, found, strict=True)
-        ]
-
-    def ask(self, query: Query, documents: Sequence[Document]) -> tuple[Asked, ...]:
-        """One window of several, once for each of `Refinements.orders`, for `merge`."""
-        asked = []
-        for order in self._orders(documents):
-            reading = self._recall([documents[i] for i in order])
-            self.read(reading)
-            with self._lock:
-                self._trim()
-            asked.append(self._ask(reading, query))
-        return tuple(asked)
-
-    def merge(
-        self, query: Query, asked: Sequence[tuple[Asked, ...]], windows: Sequence[Sequence[Document]]
-    ) -> list[tuple[PromptLayout, Float[Tensor, "1 _"]]]:
-        """As `score`, for every window, with scores that can be compared; see `on_one_scale`.
-
-        Args:
-            query: as in `ask`.
-            asked: what that returned for every window.
-            windows: the documents of each.
-        """
-        by_order = [self._merged(query, window) for window in zip(*asked, strict=True)]
-        if len(by_order) == 1:
-            found = by_order[0]
-        else:
-            found = [
-                average_orders([one for one, _ in read], [scores for _, scores in read], self._orders(documents))
-                for documents, *read in zip(windows, *by_order, strict=True)
-            ]
-        return [(layout, self._weighted(layout, query, scores_KT)) for layout, scores_KT in found]
-
-    def _orders(self, documents: Sequence[Document]) -> list[list[int]]:
-        count = self.refinements.orders
-        return [list(range(len(documents)))] if count == 1 else orders_of(documents, count)
-
-    def _ask(self, reading: Reading, query: Query) -> Asked:
-        layout = self._layout(reading, query)
-        nulls = [self._null_shares(reading, text) for _, text in self._null_weights(query.instruction)]
-        return Asked(layout, self._shares(reading, layout), tuple(nulls))
-
-    def _merged(self, query: Query, windows: Sequence[Asked]) -> list[tuple[PromptLayout, Float[Tensor, "1 _"]]]:
-        """The attention of the query, and that of each null query, on the scale of all windows; then the rest."""
-        spans = [window.layout.documents for window in windows]
-        scores = on_one_scale([window.shares for window in windows], spans)
-        for number, (weight, _) in enumerate(self._null_weights(query.instruction)):
-            nulls = on_one_scale([window.nulls[number] for window in windows], spans)
-            scores = [calibrate(some, null, weight) for some, null in zip(scores, nulls, strict=True)]
-        return [
-            (window.layout, scores_KT.sum(0, keepdim=True)) for window, scores_KT in zip(windows, scores, strict=True)
-        ]
-
-    def _null_shares(self, reading: Reading, instruction: str | None) -> Shares:
-        def read() -> Shares:
-            return self._shares(reading, self._layout(reading, Query(NULL_QUERY, instruction)))
-
-        shares: Shares = _once(reading, ("null shares", True, instruction), read)
-        return shares
-
-    def _shares(self, reading: Reading, layout: PromptLayout) -> Shares:
-        """The attention of a query's rows, as many heads at a time as there is room for."""
-        assert reading.prefix is not None
-        prefix, shared = reading.prefix, layout.shared.slice()
-        if layout.token_ids[shared] != prefix.token_ids:
-            prefix = self.prefill(layout, prefix)
-        at_once = max(1, _ROWS // (len(layout.query) * len(layout)))
-        parts = []
-        for first in range(0, len(self.heads.heads), at_once):
-            tap = AttentionTap(self.heads.heads[first : first + at_once], layout.query, reduce="none")
-            rows = self.backend.forward(layout.token_ids[len(prefix) :], tap=tap, prefix=prefix)
-            parts.append(Shares.of(rows[0, ..., shared], layout.documents))
-        return Shares.of_all_heads(parts)
 
     def _of_reading(
         self, reading: Reading, queries: Sequence[Query], per_head: bool
@@ -308,15 +209,19 @@ class TokenScorer:
         kept = self.null_instruction if instruction else 0.0
         return [(weight, text) for weight, text in ((1.0 - kept, None), (kept, instruction)) if weight > 0.0]
 
-    def _trunk(self, reading: Reading, per_head: bool, instruction: str | None) -> Trunk | None:
-        """The words that all queries with this instruction begin with, read once."""
+    def _trunk(
+        self, reading: Reading, per_head: bool, instruction: str | None, spans: tuple[Span, ...] = ()
+    ) -> Trunk | None:
+        """The words that all queries with this instruction begin with, read once; `spans` as in `Wanted`."""
 
         def read() -> Trunk | None:
             one, other = (_tail(self._layout(reading, Query(q, instruction))) for q in (NULL_QUERY, _OTHER_QUERY))
             assert reading.prefix is not None
-            return self.backend.read_trunk(_common(one, other), Wanted(self.heads.heads, per_head), reading.prefix)
+            wanted = Wanted(self.heads.heads, per_head, spans)
+            return self.backend.read_trunk(_common(one, other), wanted, reading.prefix)
 
-        found: Trunk | None = _once(reading, ("trunk", per_head, instruction), read)
+        kind = "trunk by document" if spans else "trunk"
+        found: Trunk | None = once(reading, (kind, per_head, instruction), read)
         return found
 
     def _null(self, reading: Reading, per_head: bool, instruction: str | None) -> Float[Tensor, "K T"]:
@@ -326,7 +231,7 @@ class TokenScorer:
             layout = self._layout(reading, Query(NULL_QUERY, instruction))
             return self._attention(reading, [layout], instruction, per_head)[0]
 
-        null_KT: Tensor = _once(reading, ("null", per_head, instruction), read)
+        null_KT: Tensor = once(reading, ("null", per_head, instruction), read)
         return null_KT
 
     def _attention(
@@ -339,9 +244,7 @@ class TokenScorer:
         trunk = self._trunk(reading, per_head, instruction)
         found: Iterator[Tensor] = iter(self._branches(reading.prefix, same, trunk, per_head) if same else ())
         return [
-            next(found)
-            if is_alike
-            else self._branches(self.prefill(layout, reading.prefix), [layout], None, per_head)[0]
+            next(found) if is_alike else self._alone(layout, reading.prefix, per_head)
             for layout, is_alike in zip(layouts, alike, strict=True)
         ]
 
@@ -351,10 +254,7 @@ class TokenScorer:
     def _branches(
         self, prefix: Prefix, layouts: Sequence[PromptLayout], trunk: Trunk | None, per_head: bool
     ) -> Float[Tensor, "B K T"]:
-        tails = [_tail(layout) for layout in layouts]
-        shared = trunk.token_ids if trunk else ()
-        if any(tail[: len(shared)] != shared or len(tail) == len(shared) for tail in tails):
-            trunk = None  # a query that melts into one token with the words before it
+        tails, trunk = tails_of(layouts, trunk)
         return self.backend.forward_branches(tails, Wanted(self.heads.heads, per_head), prefix=prefix, trunk=trunk)
 
     def _weighted(self, layout: PromptLayout, query: Query, scores_KT: Float[Tensor, "K T"]) -> Float[Tensor, "K T"]:
@@ -384,7 +284,7 @@ class TokenScorer:
                 del self._known[key]
 
 
-def _once(reading: Reading, key: tuple[str, bool, str | None], make: Callable[[], Any]) -> Any:
+def once(reading: Reading, key: tuple[str, bool, str | None], make: Callable[[], Any]) -> Any:
     """What is made once per list of documents; the latest stand last."""
     with reading.lock:
         if key not in reading.asked:
@@ -394,6 +294,14 @@ def _once(reading: Reading, key: tuple[str, bool, str | None], make: Callable[[]
             reading.asked[key] = made
         reading.asked.move_to_end(key)
         return reading.asked[key]
+
+
+def tails_of(layouts: Sequence[PromptLayout], trunk: Trunk | None) -> tuple[list[tuple[int, ...]], Trunk | None]:
+    """What follows the documents; without the trunk if a query melts into one token with the words before it."""
+    tails = [_tail(layout) for layout in layouts]
+    shared = trunk.token_ids if trunk else ()
+    fits = all(tail[: len(shared)] == shared and len(tail) > len(shared) for tail in tails)
+    return tails, trunk if fits else None
 
 
 def _tail(layout: PromptLayout) -> tuple[int, ...]:

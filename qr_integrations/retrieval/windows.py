@@ -1,8 +1,10 @@
 """What to do when the documents do not fit into the model's window. All lengths, caps and budgets are tokens."""
 
+from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from itertools import accumulate, pairwise
+from typing import Literal, get_args
 
 import numpy as np
 
@@ -12,6 +14,7 @@ from qr_integrations.retrieval.layout import PromptLayout, num_title_tokens, sho
 from qr_integrations.types import Document, Span
 
 Truncation = Literal["error", "head", "chunk"]
+Merge = Literal["one_scale", "final", "raw"]
 _TAIL_STEP = 64  # room for the query is rounded up to this, so that most queries cut documents alike and share a prefix
 _MARGIN = 2  # tokens per document: a cut text may tokenize a little longer at its end
 _PER_WINDOW = 4  # where several prompts are needed, at least this many documents or pieces meet in one
@@ -35,27 +38,27 @@ def pack(lengths: Sequence[int], budget: int, max_count: int | None = None) -> l
 
     `max_count` limits the documents per window.
     """
-    num_windows = _fill(lengths, budget, budget, max_count)
-    low, high = max(1, sum(lengths) // max(1, len(num_windows))), budget
+    upto = list(accumulate(lengths, initial=0))
+    num_windows = len(_starts(upto, budget, max_count))
+    low, high = max(1, upto[-1] // max(1, num_windows)), budget
     while low < high:  # the smallest fill that needs no further window: the last one is not left almost empty
         middle = (low + high) // 2
-        if len(_fill(lengths, middle, budget, max_count)) > len(num_windows):
+        if len(_starts(upto, middle, max_count)) > num_windows:
             low = middle + 1
         else:
             high = middle
-    return _fill(lengths, high, budget, max_count)
+    starts = _starts(upto, high, max_count)
+    return [list(range(*window)) for window in pairwise([*starts, len(lengths)])]
 
 
-def _fill(lengths: Sequence[int], fill: int, budget: int, max_count: int | None) -> list[list[int]]:
-    windows: list[list[int]] = []
-    used = 0
-    for index, length in enumerate(lengths):
-        if not windows or used + length > min(fill, budget) or len(windows[-1]) == max_count:
-            windows.append([])
-            used = 0
-        windows[-1].append(index)
-        used += length
-    return windows
+def _starts(upto: Sequence[int], fill: int, max_count: int | None) -> list[int]:
+    """The first document of every window; `upto` are the sums of the lengths before each document, and of all."""
+    starts, first = [], 0
+    while first < len(upto) - 1:
+        starts.append(first)
+        fits = bisect_right(upto, upto[first] + fill) - 1
+        first = max(first + 1, min(fits, first + (max_count or len(upto))))
+    return starts
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,14 +97,20 @@ class Limits:
         truncation: ``"error"`` cuts nothing and takes one prompt; ``"head"`` cuts the longest documents at their ends
             until all fit into one prompt, or into several if that would leave little of them; ``"chunk"`` cuts nothing:
             long documents are ranked in pieces, in as many prompts as they need.
+        merge: how several prompts become one ranking. ``"one_scale"``: as if every document had stood among the same
+            others, see `on_one_scale`; ``"final"``: the best of every prompt are read again, in a last one;
+            ``"raw"``: by scores that are shares of different prompts.
     """
 
     max_context_tokens: int | None = None
     max_doc_tokens: int | None = None
     batch_size: int | None = None
     truncation: Truncation = "error"
+    merge: Merge = "one_scale"
 
     def __post_init__(self) -> None:
+        if self.merge not in get_args(Merge):
+            raise InputError(f"unknown merge {self.merge!r}: pass 'one_scale', 'final' or 'raw'")
         if self.truncation not in ("error", "head", "chunk"):
             raise InputError(f"unknown truncation {self.truncation!r}: pass 'error', 'head' or 'chunk'")
         for name in ("max_context_tokens", "max_doc_tokens", "batch_size"):
@@ -151,6 +160,11 @@ def fit(
         candidates = _limited(documents, whole, limits, min(cap, limits.max_doc_tokens or cap), gap)
     costs = [candidate.cost for candidate in candidates]
     return [[candidates[i] for i in numbers] for numbers in pack(costs, room, limits.batch_size)]
+
+
+def longest_of(windows: Sequence[Sequence[Candidate]]) -> int:
+    """Tokens of the documents in the longest window."""
+    return max(sum(candidate.cost for candidate in window) for window in windows)
 
 
 def _fits(layout: PromptLayout, limits: Limits) -> bool:

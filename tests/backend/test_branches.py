@@ -183,3 +183,18 @@ def test_pieces_left_out_stay_where_they_stood() -> None:
         rows[..., 4:9] = 0.0
         rows = rows / rows.sum(-1, keepdim=True)  # layer 0: what is seen does not depend on what was left out
         assert difference(means, rows.mean(1)[:, places]) < LIMIT
+
+
+@pytest.mark.parametrize("name", ["Llama", "Gemma 2"])  # side by side, and one by one
+@pytest.mark.parametrize("per_head", [True, False])
+def test_single_rows_by_stretches_of_the_prefix(name: str, per_head: bool) -> None:
+    on, spans = bench(named(name)), (Span(2, 5), Span(5, 6), Span(0, PREFIX))
+    prefix = on.backend.prefill(random_ids()[:PREFIX], top_layer=on.top_layer)
+    wanted = Wanted(on.heads, per_head, spans)
+    trunk = on.backend.read_trunk(random_ids()[PREFIX : PREFIX + TRUNK], wanted, prefix)
+    found = on.backend.forward_branch_rows(behind(), wanted, prefix=prefix, trunk=trunk)
+    for text, (means, rows), expected in zip(behind(), found, alone(on, behind()), strict=True):
+        whole = reference(on.eager, random_ids()[:PREFIX] + text)[0, :, PREFIX:]
+        by_span = torch.stack([whole[..., span.slice()].sum(-1) for span in spans], dim=-1)
+        assert difference(rows, by_span if per_head else by_span.sum(0, keepdim=True)) < LIMIT
+        assert difference(means, expected if per_head else expected.sum(0, keepdim=True)) < LIMIT

@@ -35,6 +35,38 @@ def test_out_of_memory_ranks_again_in_shorter_prompts(
     assert sorted(ranking.order) == list(range(len(question.documents)))
     assert ranking[0].index == question.gold and ranking[0].window > 0
     assert "out of memory: ranking again" in caplog.text
+    assert ranking.notes == ranking.top(1).notes == ("out of memory: ranking again in prompts of 1,299 tokens",)
+
+
+def test_what_was_done_as_asked_has_no_notes(qr_mini: Any) -> None:
+    from qr_integrations import QRHeadReranker
+
+    assert QRHeadReranker(qr_mini, truncation="head").rank("who wrote dracula", ["Cats sleep."]).notes == ()
+
+
+def test_out_of_memory_in_the_middle_begins_again_and_loses_nothing(
+    qr_mini: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from qr_integrations import QRHeadReranker
+    from qr_integrations.bundled import read_sample
+
+    question = read_sample()[0]
+    undisturbed = QRHeadReranker(qr_mini, truncation="head", max_context_tokens=2000)
+    expected = len({item.window for item in undisturbed.rank(question.question, question.documents)})
+    decoder, passes = type(qr_mini.decoder), [0]
+    forward = decoder.forward
+
+    def full_once(self: Any, *args: Any, **kwargs: Any) -> Any:
+        passes[0] += 1
+        if passes[0] == 6:  # the first prompt took four: its documents two, the null query, the query
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return forward(self, *args, **kwargs)
+
+    monkeypatch.setattr(decoder, "forward", full_once)
+    reranker = QRHeadReranker(qr_mini, truncation="head", max_context_tokens=2000)
+    ranking = reranker.rank(question.question, question.documents)
+    assert sorted(ranking.order) == list(range(len(question.documents))) and ranking[0].index == question.gold
+    assert len({item.window for item in ranking}) > expected > 1 and len(ranking.notes) == 1
 
 
 def test_it_is_the_same_as_asking_for_shorter_prompts(qr_mini: Any, holds_1200_tokens: list[int]) -> None:

@@ -1,4 +1,4 @@
-"""Documents that need several prompts: each is ranked once, nothing is lost, and the best meet in a last prompt."""
+"""Documents that need several prompts: each is ranked once, nothing is lost, and all stand on one scale."""
 
 import random
 from collections import Counter
@@ -56,14 +56,20 @@ def windows_of(reranker: Any, documents: list[Any]) -> list[list[Any]]:
 def prompts(qr_mini: Any, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The lengths of all prompts that are read."""
     lengths: list[int] = []
-    forward = type(qr_mini).forward_branches
+    branches, forward = type(qr_mini).forward_branches, type(qr_mini).forward
 
-    def counted(self: Any, branches: Any, wanted: Any, *, prefix: Any, **kwargs: Any) -> Any:
+    def counted(self: Any, texts: Any, wanted: Any, *, prefix: Any, **kwargs: Any) -> Any:
         if len(prefix) > 16:  # not the trial, once per model
-            lengths.extend(len(prefix) + len(branch) for branch in branches)
-        return forward(self, branches, wanted, prefix=prefix, **kwargs)
+            lengths.extend(len(prefix) + len(text) for text in texts)
+        return branches(self, texts, wanted, prefix=prefix, **kwargs)
+
+    def counted_alone(self: Any, token_ids: Any, *, prefix: Any = None, **kwargs: Any) -> Any:
+        if len(prefix or ()) > 16:
+            lengths.append(len(prefix or ()) + len(token_ids))
+        return forward(self, token_ids, prefix=prefix, **kwargs)
 
     monkeypatch.setattr(type(qr_mini), "forward_branches", counted)
+    monkeypatch.setattr(type(qr_mini), "forward", counted_alone)
     return lengths
 
 
@@ -227,12 +233,114 @@ def test_error_with_batches_cuts_nothing(qr_mini: Any) -> None:
     assert len({item.window for item in ranking}) > 1 and all(item.num_tokens_cut == 0 for item in ranking)
 
 
+# ---- one scale
+
+
+def alike(count: int, num_tokens: int, qr_mini: Any) -> tuple[str, list[str]]:
+    """A question, and passages of the same length, so that a query behind any of them stands at the same position."""
+    from qr_integrations.bundled import read_sample
+
+    sample, tokenizer = read_sample()[0], qr_mini.tokenizer
+    ids = [
+        tokenizer(document.text, add_special_tokens=False)["input_ids"][:num_tokens] for document in sample.documents
+    ]
+    return sample.question, [tokenizer.decode(some) for some in ids[:count]]
+
+
+def scores_of(ranking: Any) -> list[float]:
+    return [item.score for item in sorted(ranking, key=lambda item: item.index)]
+
+
+LAYER_0 = [(0, 0), (0, 1), (0, 2), (0, 3)]
+
+
+@pytest.mark.parametrize(
+    ("heads", "layout", "within"), [(LAYER_0, "block", 0.005), ("auto", "block", 0.1), ("auto", "joint", 0.1)]
+)
+def test_as_many_as_rivals_score_in_several_prompts_as_in_one(
+    qr_mini: Any, heads: Any, layout: str, within: float
+) -> None:
+    """What differs is which tokens are outliers, and above layer 0 what the query read in its own prompt."""
+    question, texts = alike(16, 40, qr_mini)
+    options = {"heads": heads, "refinements": {"layout": layout}}
+    whole = scores_of(ranker(qr_mini, **options).rank(question, texts))
+    several = scores_of(ranker(qr_mini, batch_size=4, **options).rank(question, texts))
+    raw = scores_of(ranker(qr_mini, batch_size=4, merge="raw", **options).rank(question, texts))
+    assert several == pytest.approx(whole, abs=within * max(whole))
+    assert raw != pytest.approx(whole, abs=max(whole))
+
+
+def test_in_another_order_blocks_meet_others_and_their_scores_hardly_change(qr_mini: Any) -> None:
+    question, texts = alike(16, 40, qr_mini)
+    order = random.Random(0).sample(range(16), 16)
+    for heads, within in ((LAYER_0, 0.02), ("auto", 0.1)):
+        reranker = ranker(qr_mini, heads=heads, batch_size=4, refinements={"layout": "block"})
+        straight = scores_of(reranker.rank(question, texts))
+        shuffled = scores_of(reranker.rank(question, [texts[i] for i in order]))
+        assert shuffled == pytest.approx([straight[i] for i in order], abs=within * max(straight))
+
+
+def test_the_order_within_prompts_of_blocks_makes_no_difference(qr_mini: Any) -> None:
+    question, texts = alike(12, 60, qr_mini)
+    reranker = ranker(qr_mini, batch_size=4, refinements={"layout": "block"})
+    turned = [texts[4 * window + place] for window in range(3) for place in (3, 1, 0, 2)]
+    found = {texts[item.index]: item.score for item in reranker.rank(question, texts)}
+    again = {turned[item.index]: item.score for item in reranker.rank(question, turned)}
+    assert again == pytest.approx(found, abs=1e-5)
+
+
+@pytest.mark.parametrize("layout", ["joint", "block"])
+def test_a_document_twice_is_two_neighbours_wherever_they_are_read(qr_mini: Any, layout: str) -> None:
+    given = [DRACULA, *passages(9, 20), DRACULA]
+    ranking = ranker(qr_mini, batch_size=4, refinements={"layout": layout}).rank(QUERY, given)
+    assert set(ranking.order[:2]) == {0, 10} and {ranking[0].window, ranking[1].window} == {0, 2}
+    assert ranking[1].score > 0.8 * ranking[0].score > 4 * ranking[2].score
+
+
+def test_answers_that_share_a_prompt_come_before_the_best_of_prompts_without(qr_mini: Any) -> None:
+    answers = [f"{DRACULA} It is about a {thing}." for thing in ("vampire", "count", "castle", "lawyer")]
+    given = [*answers, "Dracula is a film.", *passages(3), "Bram was a king.", *passages(3)]
+    assert set(ranker(qr_mini, batch_size=4).rank(QUERY, given).order[:4]) == {0, 1, 2, 3}
+
+
+def test_orders_are_put_on_one_scale_each(qr_mini: Any) -> None:
+    given = [*passages(7, 20), DRACULA]
+    refinements = {"orders": 2}
+    ranking = ranker(qr_mini, batch_size=4, refinements=refinements).rank(QUERY, given)
+    assert ranking.order[0] == 7 and sorted(ranking.order) == list(range(8))
+    turned = ranker(qr_mini, batch_size=4, refinements=refinements).rank(QUERY, [*given[3::-1], *given[:3:-1]])
+    assert sorted(scores_of(turned)) == pytest.approx(sorted(scores_of(ranking)), abs=1e-5)
+
+
+def test_without_calibration_scores_are_shares_among_rivals(qr_mini: Any) -> None:
+    ranking = ranker(qr_mini, batch_size=4, calibrated=False).rank(QUERY, [*passages(7, 20), DRACULA])
+    assert all(0.0 < item.score < 1.0 * len(ranker(qr_mini).heads.heads) for item in ranking)
+
+
+def test_heads_read_a_few_at_a_time_give_the_same(qr_mini: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from qr_integrations.retrieval import window_scores
+
+    given = [*passages(7, 20), DRACULA]
+    at_once = ranker(qr_mini, icr=True, batch_size=4).rank(QUERY, given)
+    monkeypatch.setattr(window_scores, "_ROWS", 1)
+    apart = ranker(qr_mini, icr=True, batch_size=4).rank(QUERY, given)
+    assert scores_of(apart) == pytest.approx(scores_of(at_once), abs=1e-6)
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_a_way_to_merge_that_there_is_not(qr_mini: Any) -> None:
+    from qr_integrations.errors import InputError
+
+    with pytest.raises(InputError, match=r"unknown merge 'anchor': pass 'one_scale', 'final' or 'raw'"):
+        ranker(qr_mini, merge="anchor")
+
+
 # ---- the play-off
 
 
 def test_the_best_have_the_scores_of_the_last_prompt(qr_mini: Any) -> None:
     given = [*passages(14, 30), DRACULA]
-    reranker = ranker(qr_mini, truncation="head", batch_size=4)
+    reranker = ranker(qr_mini, truncation="head", batch_size=4, merge="final")
     ranking = reranker.rank(QUERY, given)
     heats = windows_of(reranker, given)
     last = [item for item in ranking if item.window == len(heats)]
@@ -258,12 +366,14 @@ def test_one_prompt_is_number_zero(qr_mini: Any) -> None:
     assert {i.window for i in ranker(qr_mini, truncation="head", batch_size=4).rank(QUERY, passages(4))} == {0}
 
 
-def test_progress_counts_the_prompts(qr_mini: Any, prompts: list[int]) -> None:
+@pytest.mark.parametrize(("merge", "total"), [("one_scale", 4), ("raw", 4), ("final", 5)])
+def test_progress_counts_the_prompts(qr_mini: Any, prompts: list[int], merge: str, total: int) -> None:
     calls: list[tuple[int, int]] = []
-    reranker = ranker(qr_mini, truncation="head", batch_size=4)
+    reranker = ranker(qr_mini, truncation="head", batch_size=4, merge=merge)
     ranking = reranker.rank(QUERY, passages(14), progress=lambda done, total: calls.append((done, total)))
-    assert calls == [(1, 5), (2, 5), (3, 5), (4, 5), (5, 5)] and max(item.window for item in ranking) == 4
-    assert len(prompts) == 2 * 5  # each with its null query
+    assert calls == [(done, total) for done in range(1, total + 1)]
+    assert max(item.window for item in ranking) == total - 1
+    assert len(prompts) == 2 * total  # each with its null query
 
 
 def test_explained_words_are_of_the_right_document(qr_mini: Any) -> None:

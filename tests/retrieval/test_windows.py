@@ -77,7 +77,7 @@ def test_windows_rank_everything_and_the_winners_meet(qr_mini: Any) -> None:
 
     given = [*texts([20] * 11), "Bram Stoker wrote Dracula, a novel about a vampire. " + "the mountain " * 40]
     given.insert(3, given.pop())
-    reranker = QRHeadReranker(qr_mini, max_context_tokens=700, truncation="head")
+    reranker = QRHeadReranker(qr_mini, max_context_tokens=700, truncation="head", merge="final")
     ranking = reranker.rank("who wrote dracula", given)
     assert sorted(ranking.order) == list(range(12)) and ranking.order[0] == 3
     numbers = [item.window for item in ranking]
