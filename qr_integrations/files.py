@@ -85,7 +85,8 @@ def _unnamed(folder: Path, prefix: str) -> Iterator[IO[bytes]]:
         try:
             yield handle
         except BaseException:
-            os.unlink(handle.name)
+            with suppress(OSError):  # whatever went wrong is what is told
+                os.unlink(handle.name)
             raise
 
 

@@ -9,9 +9,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from threading import RLock
 from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import ConfigDict, Field, PrivateAttr, field_validator, model_validator
+from pydantic import ConfigDict, Field, PrivateAttr, field_serializer, field_validator, model_validator
 
 from qr_integrations.errors import InputError
 from qr_integrations.model_settings import LoadSettings, OpenedModels
@@ -20,6 +21,7 @@ from qr_integrations.types import Document, Ranking, ScoredSpan
 if TYPE_CHECKING:
     from qr_integrations.backend import Backend
     from qr_integrations.retrieval.reranker import AttentionReranker
+    from qr_integrations.retrieval.store import DocumentCache
 
 RELEVANCE_SCORE, RETRIEVAL_SCORE, SPANS = "relevance_score", "retrieval_score", "qr_spans"
 OWN_KEYS = ("qr_score", "qr_score_type", "qr_rank", "qr_truncated", SPANS)
@@ -36,9 +38,11 @@ _RANKING = (
     "max_doc_tokens",
     "max_context_tokens",
     "batch_size",
+    "merge",
     "keep_prefixes",
     "refinements",
 )
+_CACHE = ("max_bytes", "folder", "max_disk_bytes", "kv_dtype")
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,11 +76,18 @@ class Relevance:
 
 
 class _Opened(OpenedModels):
-    """Also the rerankers made of the backends."""
+    """Also the rerankers made of the backends.
+
+    Attributes:
+        rerankers, caches: by their settings.
+        reading: held while documents are read into an index.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.rerankers: dict[str, AttentionReranker] = {}
+        self.caches: dict[str, DocumentCache] = {}
+        self.reading = RLock()
 
     def get(self, key: str) -> "AttentionReranker | None":
         """The one for these settings."""
@@ -92,10 +103,20 @@ class _Opened(OpenedModels):
                 del self.rerankers[name]
             return known
 
+    def cache(self, arguments: dict[str, Any]) -> "DocumentCache":
+        """The one with these arguments."""
+        from qr_integrations.retrieval.store import DocumentCache
+
+        with self.lock:
+            if (key := repr(arguments)) not in self.caches:
+                self.caches[key] = DocumentCache(**arguments)
+            return self.caches[key]
+
     def forget(self) -> "list[Backend]":
         """Keep nothing any more; returns the backends."""
         with self.lock:
             self.rerankers.clear()
+            self.caches.clear()
         return super().forget()
 
 
@@ -108,9 +129,14 @@ class RerankSettings(LoadSettings):
         method: ``"qrhead"``, or ``"icr"`` for all heads and ICR's prompt.
         heads: ``"auto"``, ``"all"``, a file, a `HeadSet`, or ``(layer, head)`` pairs.
         prompt, instruction, null_instruction, calibrated, truncation, max_doc_tokens, max_context_tokens, batch_size,
-            keep_prefixes, refinements: see `QRHeadReranker`. On a CPU a `max_context_tokens` of 2,048 or 4,096 ranks
-            long lists much faster than a model's whole window: the time for attention grows with the square of a
+            merge, keep_prefixes, refinements: see `QRHeadReranker`. On a CPU a `max_context_tokens` of 2,048 or 4,096
+            ranks long lists much faster than a model's whole window: the time for attention grows with the square of a
             prompt's length.
+        cache: a `DocumentCache`, or its arguments as a mapping such as ``{"max_bytes": 2**30, "folder": "kept"}``:
+            documents that come back in another list are not read again. Copies share it. With
+            ``refinements={"layout": "block"}``, which ranked as well as the published layout where we measured it
+            (`qr-mini`), any list finds what another one left, in any order; documents that see those before them, as
+            published, are found only in a list that begins with the same ones.
         normalize: None leaves the attention as it is. ``"share"`` divides what is positive by the sum of it: a share of
             this list, no probability. ``"sigmoid"`` is 1 / (1 + exp(-score)): 0.5 for a document that the query looks
             at no more than the null query. A function takes all scores, best first, and returns as many.
@@ -133,7 +159,9 @@ class RerankSettings(LoadSettings):
     max_doc_tokens: int | None = Field(default=None, ge=1)
     max_context_tokens: int | None = Field(default=None, ge=1)
     batch_size: int | None = Field(default=None, ge=1)
+    merge: Literal["one_scale", "final", "raw"] = "one_scale"
     keep_prefixes: int = Field(default=2, ge=0)
+    cache: Any = None
     refinements: dict[str, Any] = Field(default_factory=dict)
     normalize: Normalize | None = None
     score_threshold: float | None = None
@@ -155,6 +183,28 @@ class RerankSettings(LoadSettings):
     @classmethod
     def _heads_are_plain(cls, heads: Any) -> Any:
         return str(heads) if isinstance(heads, Path) else getattr(heads, "heads", heads)
+
+    @field_validator("cache")
+    @classmethod
+    def _cache_can_be_made(cls, cache: Any) -> Any:
+        if cache is None:
+            return None
+        if isinstance(cache, Mapping):
+            if unknown := [name for name in cache if name not in _CACHE]:
+                raise InputError(f"a cache has no {unknown[0]!r}: known are {', '.join(_CACHE)}")
+            return dict(cache)
+        from qr_integrations.retrieval.store import DocumentCache
+
+        if not isinstance(cache, DocumentCache):
+            raise InputError(f"the cache is a {type(cache).__name__}: pass a DocumentCache, or its arguments as a dict")
+        return cache
+
+    @field_serializer("cache")
+    def _cache_as_its_arguments(self, cache: Any) -> dict[str, Any] | None:
+        if cache is None:
+            return None
+        arguments = cache if isinstance(cache, dict) else {name: getattr(cache, name) for name in _CACHE}
+        return {name: str(value) if isinstance(value, Path) else value for name, value in arguments.items()}
 
     @model_validator(mode="after")
     def _icr_reads_all_heads(self) -> "RerankSettings":
@@ -180,14 +230,18 @@ class RerankSettings(LoadSettings):
             LoadError: the model cannot be loaded.
             HeadError: no heads are known for it.
         """
-        backend = self._open_backend()
-        key = f"{id(backend)} {[getattr(self, name) for name in ('method', 'heads', *_RANKING)]!r}"
-        return self._opened.get(key) or self._opened.keep(key, self._make(backend))
+        backend, cache = self._open_backend(), self._open_cache()
+        key = f"{id(backend)} {id(cache)} {[getattr(self, name) for name in ('method', 'heads', *_RANKING)]!r}"
+        return self._opened.get(key) or self._opened.keep(key, self._make(backend, cache))
 
-    def _make(self, backend: "Backend") -> "AttentionReranker":
+    def _open_cache(self) -> "DocumentCache | None":
+        cache: DocumentCache | None = self.cache
+        return self._opened.cache(self.cache) if isinstance(self.cache, dict) else cache
+
+    def _make(self, backend: "Backend", cache: "DocumentCache | None") -> "AttentionReranker":
         from qr_integrations.retrieval import ICRReranker, QRHeadReranker
 
-        options = {name: getattr(self, name) for name in _RANKING}
+        options = {**{name: getattr(self, name) for name in _RANKING}, "cache": cache}
         if self.method == "icr":
             return ICRReranker(backend, **options)
         return QRHeadReranker(backend, heads=self.heads, **options)
@@ -202,16 +256,24 @@ class RerankSettings(LoadSettings):
         """
         if not documents or top_n == 0:
             return []
-        # a function may put any document first, so all need their spans then
-        explained = len(documents) if top_n is None or callable(self.normalize) else top_n
-        with _progress(self.show_progress) as progress:
+        with shown_progress("Ranking", "prompt", self.show_progress) as progress:
             ranking = self.open().rank(
                 query,
                 documents,
-                explain=explained if self.explain else False,
+                explain=self.num_explained(len(documents), top_n),
                 max_spans=self.max_spans,
                 progress=progress,
             )
+        return self.relevances_of(ranking, top_n)
+
+    def num_explained(self, num_documents: int, top_n: int | None) -> int:
+        """How many documents, best first, need their spans; a function as `normalize` may put any of them first."""
+        if not self.explain:
+            return 0
+        return num_documents if top_n is None or callable(self.normalize) else top_n
+
+    def relevances_of(self, ranking: Ranking, top_n: int | None) -> list[Relevance]:
+        """What a ranking says, normalized, without what is below the threshold, the best `top_n`; None keeps all."""
         scores, score_type = self._normalized(ranking)
         scored = list(zip(scores, ranking, strict=True))
         if score_type == "custom":
@@ -258,7 +320,8 @@ class RerankSettings(LoadSettings):
 
 
 @contextmanager
-def _progress(show: bool) -> Iterator[Callable[[int, int], None] | None]:
+def shown_progress(what: str, unit: str, show: bool) -> Iterator[Callable[[int, int], None] | None]:
+    """Something that draws a bar when it is told how far the work is, and in all; None if it is not to be shown."""
     if not show:
         yield None
         return
@@ -268,7 +331,7 @@ def _progress(show: bool) -> Iterator[Callable[[int, int], None] | None]:
 
     def update(done: int, total: int) -> None:
         if not bars:
-            bars.append(tqdm(desc="Ranking", unit="prompt", total=total))
+            bars.append(tqdm(desc=what, unit=unit, total=total))
         bars[0].update(done - bars[0].n)
 
     try:

@@ -9,7 +9,7 @@ from typing import Any
 from qr_integrations.errors import LoadError
 from qr_integrations.types import Document, JudgedList
 
-BUNDLED = frozenset({"qr-mini", "qr-mini-vl", "qr-mini-vl-mqt"})
+BUNDLED = frozenset({"qr-mini", "qr-mini-answers", "qr-mini-vl", "qr-mini-vl-mqt"})
 SAMPLE_SOURCE = (
     "NaturalQuestions-open with annotated gold passages, as published with Lost in the Middle "
     "(nelson-liu/lost-in-the-middle, MIT); questions and Wikipedia text CC BY-SA 3.0"

@@ -1,4 +1,4 @@
-"""For LangChain: a document compressor, a long-context retriever, a cross-encoder, tools, chats and picture embeddings.
+"""For LangChain: a document compressor, a retriever that answers, a cross-encoder, tools, chats and picture embeddings.
 
 Importing it loads neither torch nor LlamaIndex; a model is loaded when it is first used.
 """

@@ -6,7 +6,7 @@ from typing import Any
 from langchain_core.documents import Document
 
 from qr_integrations.errors import InputError
-from qr_integrations.reranking import RELEVANCE_SCORE, RETRIEVAL_SCORE, RerankSettings
+from qr_integrations.reranking import RELEVANCE_SCORE, RETRIEVAL_SCORE, Relevance, RerankSettings
 from qr_integrations.types import Document as Ranked
 
 
@@ -39,8 +39,13 @@ def rank_documents(
 
     A ``relevance_score`` that a document came with is kept as ``retrieval_score``.
     """
+    return with_relevances(documents, settings.relevances(query, as_ranked(documents, settings), top_n))
+
+
+def with_relevances(documents: Sequence[Document], relevances: Sequence[Relevance]) -> list[Document]:
+    """Copies of the documents that something is said about, with what is said in their metadata."""
     found = []
-    for relevance in settings.relevances(query, as_ranked(documents, settings), top_n):
+    for relevance in relevances:
         document = documents[relevance.index]
         before = document.metadata.get(RELEVANCE_SCORE)
         metadata = {**relevance.added_to(document.metadata), RELEVANCE_SCORE: relevance.score}

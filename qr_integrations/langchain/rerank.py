@@ -29,6 +29,8 @@ class QRRerank(RerankSettings, BaseDocumentCompressor):
 
     The documents that come back are copies, ids kept, with ``relevance_score``, ``qr_score``, ``qr_score_type``,
     ``qr_rank``, ``qr_truncated`` and, with `explain`, ``qr_spans`` (characters of ``page_content``) in their metadata.
+    Where the same passages come back in other lists, pass ``cache={"max_bytes": 2**30}``, best with
+    ``refinements={"layout": "block"}``, whose documents do not see each other: then any list can use what another read.
     It goes into a ``ContextualCompressionRetriever(base_compressor=..., base_retriever=...)`` of ``langchain_classic``.
 
     Attributes:

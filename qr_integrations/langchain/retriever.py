@@ -1,24 +1,33 @@
 """The long-context retriever for LangChain: all documents are read, none has an embedding."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 from langchain_core.callbacks import AsyncCallbackManagerForRetrieverRun, CallbackManagerForRetrieverRun
 from langchain_core.documents import Document
 from langchain_core.retrievers import BaseRetriever
-from langchain_core.runnables import run_in_executor
+from langchain_core.runnables import Runnable, run_in_executor
 from pydantic import Field
 
-from qr_integrations.errors import InputError
-from qr_integrations.langchain.documents import rank_documents
-from qr_integrations.reranking import SETTINGS, RerankSettings
+from qr_integrations.errors import InputError, QRError
+from qr_integrations.indexing import INDEX, OF_THE_NODE, IndexSettings, SavedRetriever, load_retriever, save_retriever
+from qr_integrations.langchain.answers import as_answerer
+from qr_integrations.langchain.documents import as_ranked, rank_documents, with_relevances
+from qr_integrations.reranking import SETTINGS
+from qr_integrations.types import Document as Ranked
+
+Together = dict[str, list[Document]]
 
 
-class QRRetriever(RerankSettings, BaseRetriever):
+class QRRetriever(IndexSettings, BaseRetriever):
     """Retrieve documents by reading all of them with a local model (QRRetriever, arXiv 2506.09944).
 
     No vector store and no embeddings; what does not fit into the model's window is ranked in several prompts. The
-    documents stay in memory for further questions, which then cost their own tokens only.
+    documents stay in memory for further questions, which then cost their own tokens only: those of the last prompts,
+    or with ``indexed=True`` all. An index answers the questions of a `batch` in one pass, grows with `add_documents`,
+    and can be saved.
 
     Example:
         >>> from qr_integrations.langchain import QRRetriever
@@ -27,11 +36,21 @@ class QRRetriever(RerankSettings, BaseRetriever):
         >>> [document.id for document in retriever.invoke("who wrote dracula", k=1)]
         ['b']
 
+        >>> from langchain_core.documents import Document
+        >>> kept = QRRetriever.from_texts(texts, ids=["a", "b"], model="qr-mini", indexed=True, answers=True)
+        >>> kept.add_documents([Document("The Danube flows through Vienna.", id="c")])
+        ['c']
+        >>> [found[0].id for found in kept.batch(["who wrote dracula", "where is the danube"])]
+        ['b', 'c']
+        >>> answer = kept.as_answerer(top_k=1, max_new_tokens=8).invoke("who wrote dracula")
+        >>> [document.id for document in answer["context"]]
+        ['b']
+
     Attributes:
         documents: what is searched.
         k: how many come back, None for all; ``invoke(query, k=...)`` overrides it.
 
-    All other parameters are those of `RerankSettings`; metadata keys as in `QRRerank`.
+    All other parameters are those of `IndexSettings`; metadata keys as in `QRRerank`.
     """
 
     model_config = SETTINGS
@@ -72,30 +91,188 @@ class QRRetriever(RerankSettings, BaseRetriever):
         Raises:
             InputError: not as many metadatas or ids as texts.
         """
-        if isinstance(texts, str):
-            raise InputError("texts is a single text: pass a list; chunk_size=... cuts long ones into pieces")
-        for name, given in (("metadatas", metadatas), ("ids", ids)):
-            if given is not None and len(given) != len(texts):
-                raise InputError(f"{len(texts)} texts and {len(given)} {name}: pass one for each text")
+        return cls.from_documents(_documents(texts, metadatas, ids), **kwargs)
+
+    def add_documents(self, documents: Sequence[Document], ids: Sequence[str] | None = None) -> list[str]:
+        """Search these too. They stand behind the others, which are not read again.
+
+        Args:
+            documents: not changed.
+            ids: of the documents; None takes their own, or makes some up. A document whose id is known takes the place
+                of the one that had it, at the end.
+
+        Returns:
+            The ids.
+
+        Raises:
+            InputError: not as many ids as documents, or one twice; nothing is added then.
+        """
+        if ids is not None and len(ids) != len(documents):
+            raise InputError(f"{len(documents)} documents and {len(ids)} ids: pass one for each document")
+        names = [(ids[i] if ids else document.id) or str(uuid4()) for i, document in enumerate(documents)]
+        if len(set(names)) < len(names):
+            twice = next(name for name in names if names.count(name) > 1)
+            raise InputError(f"the id {twice!r} is there twice: pass another for each document")
+        new = [document.model_copy(update={"id": name}) for document, name in zip(documents, names, strict=True)]
+        self._change(set(names), new)
+        return names
+
+    def add_texts(
+        self, texts: Sequence[str], metadatas: Sequence[dict[str, Any]] | None = None, ids: Sequence[str] | None = None
+    ) -> list[str]:
+        """As `add_documents`, of texts."""
+        return self.add_documents(_documents(texts, metadatas, ids))
+
+    def delete(self, ids: Sequence[str]) -> bool:
+        """Search these no more. With ``refinements={"layout": "block"}`` nothing is read again, else what stood behind.
+
+        Returns:
+            All of them were there.
+        """
+        if isinstance(ids, str):
+            raise InputError("ids is a single id: pass a list")
+        known = {document.id for document in self.documents}
+        self._change(set(ids), [])
+        return known.issuperset(ids)
+
+    async def aadd_documents(self, documents: Sequence[Document], ids: Sequence[str] | None = None) -> list[str]:
+        """`add_documents` in a worker thread."""
+        added: list[str] = await run_in_executor(None, self.add_documents, documents, ids)
+        return added
+
+    async def adelete(self, ids: Sequence[str]) -> bool:
+        """`delete` in a worker thread."""
+        deleted: bool = await run_in_executor(None, self.delete, ids)
+        return deleted
+
+    def save_local(self, folder: str | Path) -> None:
+        """Write documents, their keys and values, and settings into a folder; of the keys and values what is new.
+
+        Raises:
+            InputError: a retriever without an index, a folder that holds something else, or metadata that JSON cannot
+                hold.
+        """
+        with self.changing():
+            documents = list(self.documents)
+            kept = [Ranked(d.page_content, id=d.id, metadata=d.metadata) for d in documents]
+            saved = SavedRetriever.of(self, self.k, kept)
+            save_retriever(folder, self, saved, as_ranked(documents, self))
+
+    @classmethod
+    def load_local(cls, folder: str | Path, *, verify: bool = True, **kwargs: Any) -> "QRRetriever":
+        """What `save_local` wrote, or another framework's retriever of this package.
+
+        The model and its keys and values are loaded with the first question.
+
+        Args:
+            folder: where.
+            verify: read all files once and compare their digests when the index is loaded.
+            kwargs: fields of the retriever that are to be otherwise. With another model the folder is refused, with
+                other heads or another layout the documents are read again.
+
+        Raises:
+            LoadError: there is none, or it is damaged, or newer than this version.
+        """
+        saved = load_retriever(folder)
         documents = [
-            Document(text, metadata=metadatas[i] if metadatas else {}, id=ids[i] if ids else None)
-            for i, text in enumerate(texts)
+            Document(d.text, id=d.id, metadata={key: d.metadata[key] for key in d.metadata if key != OF_THE_NODE})
+            for d in saved.documents
         ]
-        return cls.from_documents(documents, **kwargs)
+        retriever = cls(**{"documents": documents, "k": saved.top_k, **saved.settings_with(kwargs)})
+        retriever.load_index_from(Path(folder) / INDEX, verify=verify)
+        return retriever
+
+    def as_answerer(self, top_k: int = 3, **generation: Any) -> Runnable[Any, dict[str, Any]]:
+        """A runnable that ranks, and answers from the best documents, which are not read again.
+
+        It takes a question, or ``{"input": question}``, and returns ``{"input", "context", "answer"}`` like LangChain's
+        retrieval chains; ``context`` holds the documents that it answered from, `score_threshold` does not count.
+
+        Args:
+            top_k: how many documents the model answers from, at most.
+            generation: further arguments of `DocumentIndex.answer`, such as `max_new_tokens`.
+
+        Raises:
+            InputError: the retriever was not made with ``indexed=True, answers=True``.
+        """
+        return as_answerer(self, lambda: self.documents, top_k, generation)
+
+    def batch(
+        self, inputs: list[str], config: Any = None, *, return_exceptions: bool = False, **kwargs: Any
+    ) -> list[Any]:
+        """Several questions; with an index they go through the model together. Each is a run of its own."""
+        kwargs |= self._together(inputs, kwargs)
+        return super().batch(inputs, config, return_exceptions=return_exceptions, **kwargs)
+
+    async def abatch(
+        self, inputs: list[str], config: Any = None, *, return_exceptions: bool = False, **kwargs: Any
+    ) -> list[Any]:
+        """`batch`, off the event loop."""
+        kwargs |= await run_in_executor(None, self._together, inputs, kwargs)
+        return await super().abatch(inputs, config, return_exceptions=return_exceptions, **kwargs)
+
+    def _together(self, queries: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Together]:
+        """What is found for several questions, for `_get_relevant_documents` to hand out; nothing if it cannot be."""
+        asked = [query for query in dict.fromkeys(queries) if isinstance(query, str) and query.strip()]
+        if not self.indexed or self.explain or len(asked) < 2:
+            return {}
+        documents = self.documents
+        try:
+            found = self.relevances_together(asked, as_ranked(documents, self), self._count(kwargs.get("k")))
+        except QRError:  # of one question perhaps: asked one by one, only that one fails
+            return {}
+        return {"together": {query: with_relevances(documents, one) for query, one in zip(asked, found, strict=True)}}
 
     def _get_relevant_documents(
-        self, query: str, *, run_manager: CallbackManagerForRetrieverRun, k: int | None = None
+        self,
+        query: str,
+        *,
+        run_manager: CallbackManagerForRetrieverRun,
+        k: int | None = None,
+        together: Together | None = None,
     ) -> list[Document]:
-        if k is not None and k < 0:
-            raise InputError(f"k is {k}: pass 0 or more")
-        return rank_documents(self, query, self.documents, self.k if k is None else k)
+        if together and query in together:
+            return [document.model_copy(deep=True) for document in together[query]]
+        return rank_documents(self, query, self.documents, self._count(k))
 
     async def _aget_relevant_documents(
-        self, query: str, *, run_manager: AsyncCallbackManagerForRetrieverRun, k: int | None = None
+        self,
+        query: str,
+        *,
+        run_manager: AsyncCallbackManagerForRetrieverRun,
+        k: int | None = None,
+        together: Together | None = None,
     ) -> list[Document]:
-        search = self._get_relevant_documents
-        found: list[Document] = await run_in_executor(None, search, query, run_manager=run_manager.get_sync(), k=k)
+        search, manager = self._get_relevant_documents, run_manager.get_sync()
+        found: list[Document] = await run_in_executor(None, search, query, run_manager=manager, k=k, together=together)
         return found
+
+    def _count(self, k: int | None) -> int | None:
+        if k is not None and k < 0:
+            raise InputError(f"k is {k}: pass 0 or more")
+        return self.k if k is None else k
+
+    def _change(self, gone: set[str], new: Sequence[Document]) -> None:
+        """Documents leave and come; if there is an index, at once, and if that fails, not at all."""
+        with self.changing():
+            documents = [*(document for document in self.documents if document.id not in gone), *new]
+            if self.indexed and self.is_index_there:
+                self.index_over(as_ranked(documents, self))
+            self.documents = documents
+
+
+def _documents(
+    texts: Sequence[str], metadatas: Sequence[dict[str, Any]] | None, ids: Sequence[str] | None
+) -> list[Document]:
+    if isinstance(texts, str):
+        raise InputError("texts is a single text: pass a list; chunk_size=... cuts long ones into pieces")
+    for name, given in (("metadatas", metadatas), ("ids", ids)):
+        if given is not None and len(given) != len(texts):
+            raise InputError(f"{len(texts)} texts and {len(given)} {name}: pass one for each text")
+    return [
+        Document(text, metadata=metadatas[i] if metadatas else {}, id=ids[i] if ids else None)
+        for i, text in enumerate(texts)
+    ]
 
 
 def _pieces(document: Document, chunk_size: int, chunk_overlap: int) -> list[Document]:

@@ -1,4 +1,4 @@
-"""For LlamaIndex: a reranker, a long-context retriever, agent tools, models that see pictures, picture embeddings.
+"""For LlamaIndex: a reranker, a retriever that answers, agent tools, models that see pictures, picture embeddings.
 
 Importing it loads neither torch nor LangChain; a model is loaded when it is first used.
 """
@@ -12,8 +12,9 @@ if find_spec("llama_index") is None or find_spec("llama_index.core") is None:
 
 from qr_integrations.llama_index.image_embedding import MQTImageEmbedding
 from qr_integrations.llama_index.multimodal import DeCoLLM, ViCropLLM
+from qr_integrations.llama_index.query_engine import QRQueryEngine
 from qr_integrations.llama_index.rerank import QRRerank
 from qr_integrations.llama_index.retriever import QRRetriever
 from qr_integrations.llama_index.tools import QRToolSpec
 
-__all__ = ["DeCoLLM", "MQTImageEmbedding", "QRRerank", "QRRetriever", "QRToolSpec", "ViCropLLM"]
+__all__ = ["DeCoLLM", "MQTImageEmbedding", "QRQueryEngine", "QRRerank", "QRRetriever", "QRToolSpec", "ViCropLLM"]

@@ -14,8 +14,10 @@ from llama_index.core.schema import (
     TextNode,
 )
 from llama_index.core.schema import Document as LlamaDocument
+from llama_index.core.storage.docstore.utils import doc_to_json, json_to_doc
 
 from qr_integrations.errors import InputError
+from qr_integrations.indexing import OF_THE_NODE
 from qr_integrations.reranking import OWN_KEYS, RETRIEVAL_SCORE, Relevance, RerankSettings
 from qr_integrations.types import Document, Span
 
@@ -47,13 +49,61 @@ def rank_nodes(
     Raises:
         InputError: a node holds an image and no text.
     """
-    documents = [_document(number, scored.node, metadata_mode, settings) for number, scored in enumerate(nodes)]
+    documents = as_ranked([scored.node for scored in nodes], metadata_mode, settings)
+    relevances = settings.relevances(query, documents, top_n)
+    return with_relevances(nodes, documents, relevances, keep_retrieval_score=keep_retrieval_score)
+
+
+def as_ranked(nodes: Sequence[BaseNode], metadata_mode: MetadataMode, settings: RerankSettings) -> list[Document]:
+    """Nodes as documents to rank, with ``node.get_content(metadata_mode)`` as their text.
+
+    Raises:
+        InputError: a node holds an image and no text.
+    """
+    return [_document(number, node, metadata_mode, settings) for number, node in enumerate(nodes)]
+
+
+def with_relevances(
+    nodes: Sequence[NodeWithScore],
+    documents: Sequence[Document],
+    relevances: Sequence[Relevance],
+    *,
+    keep_retrieval_score: bool = False,
+) -> list[NodeWithScore]:
+    """Copies of the nodes that something is said about, with what is said in their metadata; `documents` are theirs."""
     ranked = []
-    for relevance in settings.relevances(query, documents, top_n):
+    for relevance in relevances:
         scored, body = nodes[relevance.index], documents[relevance.index].body
         assert body is not None
         ranked.append(_scored_copy(scored, _in_own_text(relevance, body, scored.node), keep_retrieval_score))
     return ranked
+
+
+def as_kept(nodes: Sequence[BaseNode], documents: Sequence[Document]) -> list[Document]:
+    """Nodes as documents for a file: what is ranked as text, and in the metadata the node itself."""
+    return [
+        Document(ranked.text, id=node.node_id, metadata={**node.metadata, OF_THE_NODE: doc_to_json(node)})
+        for node, ranked in zip(nodes, documents, strict=True)
+    ]
+
+
+def from_kept(documents: Sequence[Document]) -> list[BaseNode]:
+    """The nodes again; of another framework's documents, nodes whose content is what was ranked."""
+    return [_from_kept(document) for document in documents]
+
+
+def _from_kept(document: Document) -> BaseNode:
+    if OF_THE_NODE in document.metadata:
+        node: BaseNode = json_to_doc(document.metadata[OF_THE_NODE])
+        return node
+    hidden = list(document.metadata)
+    return TextNode(
+        text=document.text,
+        metadata=dict(document.metadata),
+        excluded_embed_metadata_keys=hidden,
+        excluded_llm_metadata_keys=hidden,
+        **({} if document.id is None else {"id_": document.id}),
+    )
 
 
 def _document(number: int, node: BaseNode, metadata_mode: MetadataMode, settings: RerankSettings) -> Document:

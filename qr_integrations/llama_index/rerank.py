@@ -35,6 +35,9 @@ class QRRerank(RerankSettings, BaseNodePostprocessor, PromptMixin):
     models: ``qr_score``, ``qr_score_type``, ``qr_rank``, ``qr_truncated``, with `explain` ``qr_spans`` (characters of
     the node's own text), with `keep_retrieval_score` ``retrieval_score``.
 
+    Where the same nodes come back in other lists, pass ``cache={"max_bytes": 2**30}``, best with
+    ``refinements={"layout": "block"}``, whose documents do not see each other: then any list can use what another read.
+
     Attributes:
         top_n: how many nodes come back; None for all.
         metadata_mode: which metadata is ranked together with a node's text.

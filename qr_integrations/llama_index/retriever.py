@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from llama_index.core.base.base_retriever import BaseRetriever
@@ -16,15 +17,24 @@ from llama_index.core.schema import (
 )
 
 from qr_integrations.errors import InputError
-from qr_integrations.llama_index.nodes import pieces, prompts_of, rank_nodes, update_prompts_of
-from qr_integrations.reranking import RerankSettings
+from qr_integrations.indexing import INDEX, IndexSettings, SavedRetriever, load_retriever, save_retriever
+from qr_integrations.llama_index.nodes import (
+    as_kept,
+    as_ranked,
+    from_kept,
+    pieces,
+    prompts_of,
+    rank_nodes,
+    update_prompts_of,
+)
 
 
 class QRRetriever(BaseRetriever):
     """Retrieve from nodes by reading all of them with a local model (QRRetriever, arXiv 2506.09944).
 
-    No index and no embeddings; what does not fit into the model's window is ranked in several prompts. The nodes stay
-    in memory for further questions, which then cost their own tokens only.
+    No embeddings; what does not fit into the model's window is ranked in several prompts. The nodes stay in memory for
+    further questions, which then cost their own tokens only: those of the last prompts, or with ``indexed=True`` all.
+    Such an index grows with `insert_nodes`, can be saved, and serves a `QRQueryEngine`.
 
     Example:
         >>> from qr_integrations.llama_index import QRRetriever
@@ -52,7 +62,7 @@ class QRRetriever(BaseRetriever):
         similarity_top_k: how many come back; None for all.
         metadata_mode: which metadata is read together with a node's text.
         callback_manager, object_map, objects, verbose: as in every LlamaIndex retriever.
-        settings: `model` or `backend`, and the rest of `RerankSettings`.
+        settings: `model` or `backend`, and the rest of `IndexSettings`.
         """
         super().__init__(callback_manager, object_map, objects, verbose)
         if similarity_top_k is not None and similarity_top_k < 0:
@@ -60,7 +70,7 @@ class QRRetriever(BaseRetriever):
         self.similarity_top_k = similarity_top_k
         self.metadata_mode = metadata_mode
         self.nodes = list(nodes)
-        self.settings = RerankSettings(**settings)
+        self.settings = IndexSettings(**settings)
 
     @classmethod
     def from_defaults(
@@ -116,6 +126,77 @@ class QRRetriever(BaseRetriever):
             times = seen[node.id_] = seen.get(node.id_, 0) + 1
             node.id_ += f"-{times}" if times > 1 else ""
         return cls(nodes, **settings)
+
+    def insert_nodes(self, nodes: Sequence[BaseNode]) -> None:
+        """Search these too. They stand behind the others, which are not read again.
+
+        A node whose id is known takes the place of the one that had it, at the end.
+
+        Raises:
+            InputError: an id that is there twice, or an image without text; nothing is added then.
+        """
+        names = [node.node_id for node in nodes]
+        if len(set(names)) < len(names):
+            twice = next(name for name in names if names.count(name) > 1)
+            raise InputError(f"the id {twice!r} is there twice: pass another for each node")
+        self._change(set(names), nodes)
+
+    def delete_nodes(self, node_ids: Sequence[str]) -> bool:
+        """Search these no more. With ``refinements={"layout": "block"}`` nothing is read again, else what stood behind.
+
+        Returns:
+            All of them were there.
+        """
+        if isinstance(node_ids, str):
+            raise InputError("node_ids is a single id: pass a list")
+        known = {node.node_id for node in self.nodes}
+        self._change(set(node_ids), [])
+        return known.issuperset(node_ids)
+
+    def persist(self, persist_dir: str | Path) -> None:
+        """Write nodes, their keys and values, and settings into a folder; of the keys and values what is new.
+
+        Raises:
+            InputError: a retriever without an index, a folder that holds something else, or metadata that JSON cannot
+                hold.
+        """
+        with self.settings.changing():
+            nodes = list(self.nodes)
+            ranked = as_ranked(nodes, self.metadata_mode, self.settings)
+            mode = MetadataMode(self.metadata_mode).value
+            saved = SavedRetriever.of(self.settings, self.similarity_top_k, as_kept(nodes, ranked), metadata_mode=mode)
+            save_retriever(persist_dir, self.settings, saved, ranked)
+
+    @classmethod
+    def from_persist_dir(cls, persist_dir: str | Path, *, verify: bool = True, **options: Any) -> "QRRetriever":
+        """What `persist` wrote, or another framework's retriever of this package.
+
+        The model and its keys and values are loaded with the first question.
+
+        Args:
+            persist_dir: where.
+            verify: read all files once and compare their digests when the index is loaded.
+            options: arguments of the retriever that are to be otherwise. With another model the folder is refused, with
+                other heads or another layout the nodes are read again.
+
+        Raises:
+            LoadError: there is none, or it is damaged, or newer than this version.
+        """
+        saved = load_retriever(persist_dir)
+        own: dict[str, Any] = {"similarity_top_k": saved.top_k}
+        if "metadata_mode" in saved.more:
+            own["metadata_mode"] = MetadataMode(saved.more["metadata_mode"])
+        retriever = cls(from_kept(saved.documents), **{**own, **saved.settings_with(options)})
+        retriever.settings.load_index_from(Path(persist_dir) / INDEX, verify=verify)
+        return retriever
+
+    def _change(self, gone: set[str], new: Sequence[BaseNode]) -> None:
+        """Nodes leave and come; if there is an index, at once, and if that fails, not at all."""
+        with self.settings.changing():
+            nodes = [*(node for node in self.nodes if node.node_id not in gone), *new]
+            if self.settings.indexed and self.settings.is_index_there:
+                self.settings.index_over(as_ranked(nodes, self.metadata_mode, self.settings))
+            self.nodes = nodes
 
     def _get_prompts(self) -> dict[str, BasePromptTemplate]:
         return prompts_of(self.settings)

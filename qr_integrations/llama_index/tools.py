@@ -8,6 +8,7 @@ from llama_index.core.schema import Document, MetadataMode, NodeWithScore, TextN
 from llama_index.core.tools.tool_spec.base import BaseToolSpec
 
 from qr_integrations.errors import InputError
+from qr_integrations.indexing import IndexSettings
 from qr_integrations.llama_index.nodes import pieces, rank_nodes
 from qr_integrations.llama_index.retriever import QRRetriever
 from qr_integrations.reranking import RerankSettings
@@ -89,7 +90,7 @@ class QRToolSpec(BaseToolSpec):
     def _ranker(self) -> RerankSettings:
         if self._settings is None:
             raise InputError("there is no model to rank with: make QRToolSpec with model=... or backend=...")
-        return self._settings
+        return self._settings.without_index() if isinstance(self._settings, IndexSettings) else self._settings
 
 
 def _count(name: str, given: Any) -> int:

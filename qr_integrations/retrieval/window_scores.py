@@ -49,10 +49,8 @@ class WindowScorer(TokenScorer):
             by_window = [self._of_reading(reading, queries, per_head=False) for reading in readings]
             found = [list(windows) for windows in zip(*by_window, strict=True)]
         else:
-            by_window = [self._ask(reading, queries) for reading in readings]
-            found = [
-                self._merged(query, asked) for query, asked in zip(queries, zip(*by_window, strict=True), strict=True)
-            ]
+            asked = zip(*(self._ask(reading, queries) for reading in readings), strict=True)
+            found = [self._merged(query, of_query) for query, of_query in zip(queries, asked, strict=True)]
         return [
             [(layout, self._weighted(layout, query, scores_KT)) for layout, scores_KT in windows]
             for query, windows in zip(queries, found, strict=True)

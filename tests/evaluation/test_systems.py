@@ -123,6 +123,12 @@ def test_settings_reach_the_reranker(
         assert plain.score("who wrote dracula", documents) != pytest.approx(found, abs=1e-6)
 
 
+def test_how_prompts_are_merged_is_a_setting(made: Any) -> None:
+    plain, final = made("qr", "qr:merge=final,max_context_tokens=512")
+    assert plain.reranker.limits.merge == "one_scale"
+    assert (final.reranker.limits.merge, final.reranker.limits.max_context_tokens) == ("final", 512)
+
+
 def test_heads_come_from_a_file_and_the_best_of_them_are_taken(
     made: Any, qr_mini: Any, documents: list[Any], tmp_path: Path
 ) -> None:
@@ -172,6 +178,7 @@ def test_heads_come_from_a_file_and_the_best_of_them_are_taken(
         ("qr:top=2,top=3", "top stands twice: write it once"),
         ("qr:random=2,top=3", "leave out heads and top, or random"),
         ("qr:layout=circle", r"layout cannot be 'circle' \(it is joint or block\): write"),
+        ("qr:merge=anchor", r"merge cannot be 'anchor' \(it is one_scale or final or raw\): write"),
         ("qr:truncation=tail", r"truncation cannot be 'tail' \(it is error or head or chunk\): write"),
         ("qr:null_instruction=2", "null_instruction is a share, got 2.0: pass"),
         ("qr:heads=none.json", "no head set at 'none.json': pass"),
