@@ -117,7 +117,7 @@ def notebook(request: pytest.FixtureRequest) -> tuple[Path, Any, Any]:
 
 
 def test_all_notebooks_are_here() -> None:
-    assert [path.stem[:2] for path in NOTEBOOKS] == ["01", "02", "03", "04", "05", "06", "07"]
+    assert [path.stem[:2] for path in NOTEBOOKS] == ["01", "02", "03", "04", "05", "06", "07", "08"]
 
 
 def test_it_shows_a_picture_and_marked_text(notebook: tuple[Path, Any, Any]) -> None:
