@@ -1,6 +1,6 @@
 """One model ranks and answers: what an answer behind kept documents costs, and whether it is the same answer.
 
-``python -m benchmarks.rank_and_answer`` measures qr-mini. Time: ranking known documents and answering from the best of
+``python -m benchmarks.rank_and_answer`` measures qr-mini-answers. Time: ranking known documents and answering from the best of
 them, with a fresh prompt for the answer or behind the keys and values that the ranking used; and the same with
 documents that nobody has read yet. Answers: made-up facts with a gold answer, and the passages of real questions
 without one; each way of answering is compared with a fresh prompt of the same documents.
@@ -249,7 +249,9 @@ def answer_table(name: str, options: argparse.Namespace) -> list[dict[str, Any]]
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser("python -m benchmarks.rank_and_answer", description=__doc__)
-    parser.add_argument("--model", nargs="+", default=["qr-mini"], help="bundled, a folder, or a shape (times only)")
+    parser.add_argument(
+        "--model", nargs="+", default=["qr-mini-answers"], help="bundled, a folder, or a shape (times only)"
+    )
     parser.add_argument("--tokens", type=int, nargs="*", default=[2048, 8192], help="of documents; none: no times")
     parser.add_argument("--layouts", nargs="+", default=["joint", "block"])
     parser.add_argument("--top-k", type=int, nargs="+", default=[3, 10])

@@ -7,7 +7,7 @@ Legend: N documents.
 
 import threading
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
@@ -70,7 +70,7 @@ class DocumentIndex:
         documents: Sequence[DocumentLike],
         model: Backend | str | Path | AttentionReranker,
         *,
-        layout: Literal["joint", "block"] = "joint",
+        layout: Literal["joint", "block"] | None = None,
         kv_dtype: KeptDtype = "auto",
         answers: bool = False,
         progress: Progress | None = None,
@@ -81,7 +81,7 @@ class DocumentIndex:
         Args:
             documents: as `AttentionReranker.rank` takes them.
             model: a `Backend`, or a name for `Backend.load`; or a reranker, with all its settings.
-            layout: ``"joint"``: each document sees those before it, as published; documents are added behind the
+            layout: ``"joint"`` (the default): each document sees those before it, as published; documents are added behind the
                 others, and removing one reads those behind it again. ``"block"``: each is read by itself, so that any
                 can be added, removed or left out, and their order makes no difference.
             kv_dtype: how keys and values are kept: as the model computes them, as ``"float32"``, ``"float16"``,
@@ -98,11 +98,14 @@ class DocumentIndex:
             UnsupportedModelError: the model's layers keep more than keys and values of single tokens.
         """
         if isinstance(model, AttentionReranker):
-            if options or layout != "joint":
+            if options or layout is not None:
                 raise InputError("the reranker has its settings: pass layout and options to it, or pass a model's name")
             reranker = model
         else:
-            refinements = replace(Refinements.of(options.pop("refinements", {})), layout=layout)
+            refinements = options.pop("refinements", {})
+            if layout is not None:
+                of_given = asdict(refinements) if isinstance(refinements, Refinements) else refinements
+                refinements = {**of_given, "layout": layout}
             reranker = QRHeadReranker(model, refinements=refinements, **{"truncation": "chunk", **options})
         index = cls(reranker, kv_dtype, whole=answers)
         index.add(documents, progress=progress)

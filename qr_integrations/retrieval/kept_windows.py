@@ -81,7 +81,8 @@ class WindowReader:
     def grown(self, window: Window | None, part: Sequence[Candidate], tell: "Told") -> Window:
         """The window with further candidates behind; a new one of them."""
         candidates = (*(() if window is None else window.candidates), *part)
-        reading = self._scorer.lay_out([candidate.read for candidate in candidates])
+        known = None if window is None else window.reading
+        reading = self._scorer.lay_out([candidate.read for candidate in candidates], known)
         if self.blocks:
             new = self._read_blocks(part, tell)
             old = new[:1] if window is None else cut(window.prefix, window.spans)

@@ -107,20 +107,13 @@ class PromptWriter:
 
     def write(self, query: Query, documents: Sequence[Document]) -> PromptLayout:
         """The prompt of `query` over `documents`."""
-        pieces, passages, texts = [self._chat.opening + _INTRO], [], []
-        position = len(pieces[0])
-        for number, document in enumerate(documents, start=1):
-            head, body = self._passage(1 if self.style.blocks else number, document)
-            pieces += [self._chat.separator, head + body]
-            position += len(self._chat.separator)
-            passages.append(Span(position, position + len(head) + len(body)))
-            texts.append(Span(position + len(head), passages[-1].stop))
-            position = passages[-1].stop
-        pieces += [self._chat.separator, self._tail(query)]
+        pieces = [self._chat.opening + _INTRO, self._chat.separator]
+        more, passages, texts = self._pieces(documents, 1, len("".join(pieces)))
+        pieces += [*more, self._tail(query)]
         text = "".join(pieces)
         if self.style.first_occurrence:
             passages = [Span(found := text.index(text[p.slice()]), found + len(p)) for p in passages]
-        tail = position + len(self._chat.separator)
+        tail = len(text) - len(pieces[-1])
         ids, offsets, spans, blocks = self._tokenize(pieces, [*passages, Span(tail, len(text))])
         rows = Span(spans[-1].start, len(ids))
         return PromptLayout(
@@ -153,6 +146,58 @@ class PromptWriter:
             known.blocks,
         )
 
+    def extend(self, known: PromptLayout, query: Query, documents: Sequence[Document]) -> PromptLayout:
+        """The prompt over the documents of `known` and further ones behind, tokenizing the last known one and these.
+
+        All are tokenized where the last known one by itself gives other tokens.
+
+        Args:
+            known: the prompt of the same query over the first of `documents`.
+            query: what is asked.
+            documents: all of them.
+        """
+        known_last = len(known.documents) - 1
+        if known.offsets is None or known_last < 0 or self.style.first_occurrence:
+            return self.write(query, documents)
+        head, _ = self._passage(1 if self.style.blocks else known_last + 1, documents[known_last])
+        start, first = known.texts[-1].start - len(head), known.documents[-1].start
+        pieces, passages, texts = self._pieces(documents[known_last:], known_last + 1, start)
+        tail = self._tail(query)
+        again = self._encode_all([*pieces[:2], tail], special=False)[0]
+        if known.offsets[first, 0] != start or tuple(again) != known.token_ids[first:]:
+            return self.write(query, documents)
+        ids, found, ends = self._encode_all([*pieces, tail], special=False)
+        assert found is not None
+        offsets = found + start
+        text = known.text[:start] + "".join(pieces) + tail
+        spans = [_token_span(offsets, span) for span in [*passages, Span(len(text) - len(tail), len(text))]]
+        spans = [Span(span.start + first, span.stop + first) for span in spans]
+        blocks = tuple(Span(a + first, b + first) for a, b in pairwise(ends[:-1])) if self.style.blocks else ()
+        return PromptLayout(
+            known.token_ids[:first] + tuple(ids),
+            (*known.documents[:-1], *spans[:-1]),
+            Span(spans[-1].start, first + len(ids)),
+            Span(0, spans[-1].start),
+            text,
+            np.concatenate([known.offsets[:first], offsets]),
+            (*known.texts[:-1], *texts),
+            len(text) - len(tail),
+            (*known.blocks[:-1], *blocks),
+        )
+
+    def _pieces(
+        self, documents: Sequence[Document], number: int, position: int
+    ) -> tuple[list[str], list[Span], list[Span]]:
+        """Passages, each with its separator behind; the characters of each, and of its text, from `position` on."""
+        pieces, passages, texts = [], [], []
+        for place, document in enumerate(documents, start=number):
+            head, body = self._passage(1 if self.style.blocks else place, document)
+            pieces += [head + body, self._chat.separator]
+            passages.append(Span(position, position + len(head) + len(body)))
+            texts.append(Span(position + len(head), passages[-1].stop))
+            position = passages[-1].stop + len(self._chat.separator)
+        return pieces, passages, texts
+
     def _passage(self, number: int, document: Document) -> tuple[str, str]:
         title = "" if document.title is None else f"{document.title}\n"
         text = document.text
@@ -182,6 +227,15 @@ class PromptWriter:
         In one go; for blocks, each with its separator by itself; and for a tokenizer that cannot tell characters piece
         by piece, so that every boundary is known.
         """
+        ids, offsets, ends = self._encode_all(pieces, special=self._chat.add_special_tokens)
+        block_ends = (ends[1:-1] if offsets is not None else ends[2::2]) if self.style.blocks else []
+        blocks = tuple(Span(*ends) for ends in pairwise(block_ends))
+        if offsets is None:
+            return ids, None, [Span(*ends) for ends in list(pairwise(ends))[2::2]], blocks
+        return ids, offsets, [_token_span(offsets, span) for span in chars], blocks
+
+    def _encode_all(self, pieces: Sequence[str], *, special: bool) -> tuple[list[int], Offsets | None, list[int]]:
+        """Token ids, offsets, and the number of tokens after each part that is tokenized by itself."""
         fast = self._tokenizer.is_fast
         if not fast:
             parts = list(pieces)
@@ -192,17 +246,12 @@ class PromptWriter:
         ids: list[int] = []
         found, ends, characters = [], [0], 0
         for part in parts:
-            some, offsets = self._encode(part, self._chat.add_special_tokens and not ids)
+            some, offsets = self._encode(part, special and not ids)
             ids += some
             ends.append(len(ids))
             found += [] if offsets is None else [offsets + characters]
             characters += len(part)
-        block_ends = (ends[1:-1] if fast else ends[2::2]) if self.style.blocks else []
-        blocks = tuple(Span(*ends) for ends in pairwise(block_ends))
-        if not fast:
-            return ids, None, [Span(*ends) for ends in list(pairwise(ends))[2::2]], blocks
-        together = np.concatenate(found)
-        return ids, together, [_token_span(together, span) for span in chars], blocks
+        return ids, np.concatenate(found) if found else None, ends
 
 
 def _token_span(offsets: Offsets, chars: Span) -> Span:

@@ -123,9 +123,12 @@ class TokenScorer:
             self._trim()
         return self._of_reading(reading, [query], per_head)[0]
 
-    def lay_out(self, documents: Sequence[Document]) -> Reading:
-        """A prompt over documents, not yet read; the caller keeps it."""
-        return Reading(tuple(documents), self._writer.write(Query(NULL_QUERY), documents))
+    def lay_out(self, documents: Sequence[Document], known: Reading | None = None) -> Reading:
+        """A prompt over documents, not yet read; the caller keeps it. `known` is one over the first of them."""
+        given, null = tuple(documents), Query(NULL_QUERY)
+        if known is None or known.documents != given[: len(known.documents)]:
+            return Reading(given, self._writer.write(null, given))
+        return Reading(given, self._writer.extend(known.layout, null, given))
 
     def read(self, reading: Reading) -> None:
         """Compute its prefix, unless it is there: of several threads with the same documents, one reads them."""

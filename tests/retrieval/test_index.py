@@ -136,6 +136,18 @@ def test_the_order_of_blocks_makes_no_difference(qr_mini: Any) -> None:
         assert [found[order.index(i)] for i in range(len(TEXTS))] == pytest.approx(scores(index.rank(query)), abs=1e-6)
 
 
+def test_the_layout_beside_other_refinements(qr_mini: Any) -> None:
+    from qr_integrations import DocumentIndex, Refinements
+
+    for given in ({"positions": "in_line"}, {"layout": "block", "positions": "in_line"}):
+        assert DocumentIndex.build(TEXTS, qr_mini, layout="block", refinements=given).layout == "block"
+    index = DocumentIndex.build(TEXTS, qr_mini, refinements=Refinements(layout="block"))
+    assert (index.layout, DocumentIndex.build(TEXTS, qr_mini).layout) == ("block", "joint")
+    assert (
+        DocumentIndex.build(TEXTS, qr_mini, layout="joint", refinements=Refinements(layout="block")).layout == "joint"
+    )
+
+
 # ---- windows
 
 

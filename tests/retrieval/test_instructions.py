@@ -188,9 +188,7 @@ def test_known_documents_are_not_read_again_for_another_instruction(qr_mini: Any
         reranker = QRHeadReranker(qr_mini, null_instruction=kept)
         reranker.rank(QUERY, DOCUMENTS, instruction=RIVERS)
         lengths_read.clear()
-        own = {
-            given: len(reranker.scorer.layout(query(instruction=given), documents()).query) for given in (VAMPIRES,)
-        }
+        own = {given: len(reranker.scorer.layout(query(instruction=given), documents()).query) for given in (VAMPIRES,)}
         null = len(reranker.scorer.layout(query("N/A", VAMPIRES), documents()).query)
         reranker.rank(QUERY, DOCUMENTS, instruction=VAMPIRES)
         trunk = max(lengths_read)  # the task and the instruction; then the query, and what the null query adds to it

@@ -1,7 +1,9 @@
 """Spans are right for any tokenizer, for identical documents, and when only the query changes."""
 
+from dataclasses import fields
 from typing import Any
 
+import numpy as np
 import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizer, PreTrainedTokenizerFast
@@ -128,6 +130,23 @@ def test_rewriting_the_query_equals_writing_afresh(name: str) -> None:
             fresh.texts,
         )
         assert (ours.offsets == fresh.offsets).all()
+
+
+@pytest.mark.parametrize("blocks", [False, True], ids=["joint", "blocks"])
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_further_documents_written_behind_equal_writing_afresh(name: str, blocks: bool) -> None:
+    from qr_integrations import Document
+    from qr_integrations.retrieval.layout import PromptStyle, PromptWriter, Query
+
+    writer = PromptWriter(backend(TOKENIZERS[name]()), PromptStyle(blocks=blocks))
+    texts = [*TEXTS, "", "\n", "ends in white space \n\n ", "[2] 東京 🙂", "\u0301combining", "x" * 500]
+    documents = [Document(text, title) for text in texts for title in (None, "Title", "\n")]
+    query, known = Query("N/A"), writer.write(Query("N/A"), documents[:1])
+    for count in range(2, len(documents) + 1):
+        known, fresh = writer.extend(known, query, documents[:count]), writer.write(query, documents[:count])
+        assert all(np.array_equal(getattr(known, part.name), getattr(fresh, part.name)) for part in fields(fresh)), (
+            documents[count - 1]
+        )
 
 
 def test_a_tokenizer_without_offsets_is_written_piece_by_piece() -> None:
