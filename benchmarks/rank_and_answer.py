@@ -1,9 +1,10 @@
 """One model ranks and answers: what an answer behind kept documents costs, and whether it is the same answer.
 
-``python -m benchmarks.rank_and_answer`` measures qr-mini-answers. Time: ranking known documents and answering from the best of
-them, with a fresh prompt for the answer or behind the keys and values that the ranking used; and the same with
-documents that nobody has read yet. Answers: made-up facts with a gold answer, and the passages of real questions
-without one; each way of answering is compared with a fresh prompt of the same documents.
+``python -m benchmarks.rank_and_answer`` measures qr-mini-answers. Time: ranking known documents and answering from the
+best of them, with a fresh prompt for the answer or behind the keys and values that the ranking used; and the same with
+documents that nobody has read yet. An answer may end earlier by one way than by the other. Answers: made-up facts with
+a gold answer, and the passages of real questions without one; each way of answering is compared with a fresh prompt of
+the same documents.
 """
 
 import argparse

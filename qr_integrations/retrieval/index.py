@@ -20,6 +20,7 @@ from qr_integrations.retrieval.answers import answer
 from qr_integrations.retrieval.index_files import IndexContents, read_index, write_index
 from qr_integrations.retrieval.kept_windows import Told, Window, WindowReader
 from qr_integrations.retrieval.layout import PromptLayout
+from qr_integrations.retrieval.merging import best_of_all
 from qr_integrations.retrieval.qrhead import QRHeadReranker
 from qr_integrations.retrieval.refinements import Refinements
 from qr_integrations.retrieval.reranker import (
@@ -81,9 +82,9 @@ class DocumentIndex:
         Args:
             documents: as `AttentionReranker.rank` takes them.
             model: a `Backend`, or a name for `Backend.load`; or a reranker, with all its settings.
-            layout: ``"joint"`` (the default): each document sees those before it, as published; documents are added behind the
-                others, and removing one reads those behind it again. ``"block"``: each is read by itself, so that any
-                can be added, removed or left out, and their order makes no difference.
+            layout: ``"joint"`` (the default): each document sees those before it, as published; documents are added
+                behind the others, and removing one reads those behind it again. ``"block"``: each is read by itself, so
+                that any can be added, removed or left out, and their order makes no difference.
             kv_dtype: how keys and values are kept: as the model computes them, as ``"float32"``, ``"float16"``,
                 ``"bfloat16"`` or ``"int8"``.
             answers: keep all layers, so that the model can answer from its documents; else only those up to the
@@ -187,7 +188,8 @@ class DocumentIndex:
         if not windows:
             return [Ranking(query, ()) for query in queries]
         asked = [self.reranker.query(query, instruction) for query in queries]
-        found = self.reranker.scorer.score_windows([window.reading for window in windows], asked)
+        one_scale = self.reranker.limits.merge != "raw"
+        found = self.reranker.scorer.score_windows([window.reading for window in windows], asked, one_scale=one_scale)
         self._check_lengths([layout for scored in found for layout, _ in scored])
         explained = int(explain) if explain is not True else top_k or sum(len(w.candidates) for w in windows)
         return [
@@ -326,11 +328,9 @@ def _merged(
     explained: int,
     max_spans: int | None,
 ) -> list[ScoredDocument]:
-    """The documents of all windows, best first; of one in several pieces, the best."""
-    best: dict[int, ScoredDocument] = {}
-    for number, (window, (layout, scores_KT)) in enumerate(zip(windows, scored, strict=True)):
-        for entrant in entrants(window.candidates, layout, scores_KT, number, explained=explained, max_spans=max_spans):
-            known = best.get(entrant.item.index)
-            if known is None or known.score < entrant.item.score:
-                best[entrant.item.index] = entrant.item
-    return explained_only(sorted(best.values(), key=lambda item: (-item.score, item.index)), explained)
+    """The documents of all windows, best first."""
+    heats = [
+        entrants(window.candidates, layout, scores_KT, number, explained=explained, max_spans=max_spans)
+        for number, (window, (layout, scores_KT)) in enumerate(zip(windows, scored, strict=True))
+    ]
+    return explained_only(best_of_all(heats), explained)

@@ -58,6 +58,10 @@ def on_one_scale(
     documents are split, where what they draw does not depend on the window: in layer 0, with documents that do not see
     each other and the query at the same position. Higher up, the rows themselves have read the window.
 
+    On 600 passages in 10 prompts (``benchmarks/windows_quality.py``, 100 questions, `qr-mini`) nDCG@10 is 0.966 against
+    0.958 for scores as they are, and 0.979 against 0.964 where documents do not see each other; with 300 more, so that
+    four which answer share a prompt, 0.970 against 0.751, and 0.984 against 0.746. Between 8 and 30 rivals it is flat.
+
     Call it for the query and for every null query, before `calibrate`.
 
     Args:
