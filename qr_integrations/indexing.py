@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import PrivateAttr, model_validator
+from pydantic_core import PydanticSerializationError
 
 from qr_integrations.errors import InputError, LoadError
 from qr_integrations.files import sync_folder, write_whole
@@ -174,13 +175,13 @@ class IndexSettings(RerankSettings):
         from qr_integrations.retrieval import DocumentIndex
 
         kept = self._kept
-        if kept.index is None and kept.folder is not None:
+        if kept.index is not None and self._is_mine(kept.index) and kept.reranker is reranker:
+            return copy(kept.index)
+        if kept.folder is not None:
             loaded = DocumentIndex.load(kept.folder, reranker.backend, verify=kept.verify)
             if self._is_mine(loaded) and _reads_alike(loaded.reranker, reranker):
                 return loaded
             _log.warning("the documents in %s were read with other settings: they are read again", kept.folder)
-        elif kept.index is not None and self._is_mine(kept.index) and kept.reranker is reranker:
-            return copy(kept.index)
         return DocumentIndex(reranker, self.kv_dtype, whole=self.answers)
 
     def _is_mine(self, index: "DocumentIndex") -> bool:
@@ -243,16 +244,25 @@ class SavedRetriever:
         """Its settings as JSON.
 
         Raises:
-            InputError: `normalize` is a function.
+            InputError: `normalize` is a function, or a setting is something else that JSON cannot hold.
         """
         if callable(settings.normalize):
             raise InputError("normalize is a function, which no file holds: set it to None, and pass it when you load")
         names = set(IndexSettings.model_fields) - _NOT_SAVED
-        return cls(settings.model_dump(mode="json", include=names, exclude_defaults=True), top_k, documents, more)
+        try:
+            written = settings.model_dump(mode="json", include=names, exclude_defaults=True)
+        except PydanticSerializationError as error:
+            raise InputError(
+                f"the settings cannot be kept as JSON ({error}): pass strings, numbers, lists and dicts, such as "
+                "quantization='4bit'"
+            ) from error
+        return cls(written, top_k, documents, more)
 
     def settings_with(self, given: Mapping[str, Any]) -> dict[str, Any]:
         """The settings, and what the caller says otherwise; a backend comes with its own way of loading."""
         left_out = {"model", *LOADING} if given.get("backend") is not None else set()
+        if given.get("indexed") is False:
+            left_out |= {"kv_dtype", "answers"}
         saved = {name: value for name, value in self.settings.items() if name not in left_out}
         return {**saved, "indexed": True, **given}
 
@@ -275,7 +285,10 @@ def save_retriever(
         raise InputError("the retriever keeps no index that could be saved: make it with indexed=True")
     lines = _lines(saved)
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise InputError(f"{str(folder)!r} is no folder: pass one, or a path where nothing is yet") from error
     names = {path.name for path in folder.iterdir()} - {INDEX}
     if names and RETRIEVER not in names and not all(name.startswith(RETRIEVER) for name in names):
         raise InputError(f"{str(folder)!r} holds something else ({sorted(names)[0]!r}): pass a folder of its own")

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from threading import RLock
 from typing import TYPE_CHECKING, Any, Literal
+from weakref import WeakValueDictionary
 
 from pydantic import ConfigDict, Field, PrivateAttr, field_serializer, field_validator, model_validator
 
@@ -80,24 +81,26 @@ class _Opened(OpenedModels):
 
     Attributes:
         rerankers, caches: by their settings.
+        in_use: the rerankers that something else holds too, such as an index; however many.
         reading: held while documents are read into an index.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.rerankers: dict[str, AttentionReranker] = {}
+        self.in_use: WeakValueDictionary[str, AttentionReranker] = WeakValueDictionary()
         self.caches: dict[str, DocumentCache] = {}
         self.reading = RLock()
 
     def get(self, key: str) -> "AttentionReranker | None":
         """The one for these settings."""
         with self.lock:
-            return self.rerankers.get(key)
+            return self.rerankers.get(key) or self.in_use.get(key)
 
     def keep(self, key: str, made: "AttentionReranker") -> "AttentionReranker":
         """Keep it, and drop the oldest and the closed; of several threads that made one, all go on with the first."""
         with self.lock:
-            known = self.rerankers.setdefault(key, made)
+            known = self.rerankers.setdefault(key, self.in_use.setdefault(key, made))
             usable = [name for name, reranker in self.rerankers.items() if not reranker.backend.closed]
             for name in self.rerankers.keys() - set(usable[-_KEPT_RERANKERS:]):
                 del self.rerankers[name]
@@ -136,7 +139,8 @@ class RerankSettings(LoadSettings):
             documents that come back in another list are not read again. Copies share it. With
             ``refinements={"layout": "block"}``, which ranked as well as the published layout where we measured it
             (`qr-mini`), any list finds what another one left, in any order; documents that see those before them, as
-            published, are found only in a list that begins with the same ones.
+            published, are found only in a list that begins with the same ones. A folder gets what memory has no room
+            for; the rest is written by `close`, if arguments were passed, or by the `flush` of your `DocumentCache`.
         normalize: None leaves the attention as it is. ``"share"`` divides what is positive by the sum of it: a share of
             this list, no probability. ``"sigmoid"`` is 1 / (1 + exp(-score)): 0.5 for a document that the query looks
             at no more than the null query. A function takes all scores, best first, and returns as many.
@@ -217,6 +221,16 @@ class RerankSettings(LoadSettings):
         if "normalize" not in state["__dict__"]:  # LlamaIndex drops what cannot be pickled
             raise InputError("normalize is a function that cannot be pickled: pass one defined at a module's top level")
         return state
+
+    def close(self) -> None:
+        """Let go of the weights as `LoadSettings.close` does, and of a cache made of arguments: its folder has all."""
+        with self._opened.lock:
+            caches = list(self._opened.caches.values())
+        try:
+            for cache in caches:
+                cache.flush()
+        finally:
+            super().close()
 
     def title_of(self, metadata: Mapping[str, Any]) -> str | None:
         """The title under `title_key`, if there is one."""

@@ -68,6 +68,18 @@ def test_a_pickle_and_a_dictionary_hold_its_arguments(adapter_class: Any, texts:
         assert len(data) < 10_000 and ranks(pickle.loads(data), texts) == expected
 
 
+def test_a_folder_holds_what_was_read_once_the_adapter_is_closed(
+    adapter_class: Any, texts: list[str], tmp_path: Path
+) -> None:
+    arguments = {"folder": str(tmp_path)}
+    own = adapter_class(model="qr-mini", dtype="bfloat16", top_n=None, cache=arguments, **BLOCK)
+    expected = ranks(own, texts)
+    own.close()
+    again = adapter_class(model="qr-mini", dtype="bfloat16", top_n=None, cache=arguments, **BLOCK)
+    assert ranks(again, texts[::-1]) == [(3 - place, score) for place, score in expected]
+    assert (again.open().scorer.cache.stats().hits, again.open().scorer.cache.stats().misses) == (4, 0)
+
+
 @pytest.mark.parametrize("wrong", [{"bytes": 3}, 3, "a folder"], ids=str)
 def test_what_is_no_cache_is_an_error_at_once(adapter_class: Any, wrong: Any) -> None:
     with pytest.raises(ValueError, match="cache"):

@@ -206,8 +206,9 @@ def _far(
 
 
 def added_up(rows_RP: Float[Tensor, "R P"], spans: Sequence[Span]) -> Float[Tensor, "R M"]:
-    """What falls on each span; in fp64, as the differences of running sums."""
-    upto = torch.nn.functional.pad(rows_RP.cumsum(-1, dtype=torch.float64), (1, 0))
+    """What falls on each span; in fp64 where the device has it, as the differences of running sums."""
+    precision = torch.float32 if rows_RP.device.type == "mps" else torch.float64
+    upto = torch.nn.functional.pad(rows_RP.cumsum(-1, dtype=precision), (1, 0))
     starts, stops = [span.start for span in spans], [span.stop for span in spans]
     return (upto[:, stops] - upto[:, starts]).float()
 

@@ -50,11 +50,6 @@ class Piece:
         """What its keys and values take in memory."""
         return sum(stored.num_bytes for stored in (*self.keys, *self.values) if stored is not None)
 
-    @property
-    def shape(self) -> tuple[Any, ...]:
-        """What two pieces must share to stand in one prefix."""
-        return tuple((None if s is None else (s.steps.dtype, s.steps.shape[1])) for s in (*self.keys, *self.values))
-
     def own(self) -> "Piece":
         """The same in memory of its own."""
         return self._each(Stored.own)

@@ -5,6 +5,7 @@ Legend: B batch, G key/value heads, T tokens, D head width.
 
 import copy
 import json
+from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,7 @@ from transformers import DynamicCache, PreTrainedConfig
 from transformers.cache_utils import DummyLayer, DynamicLayer, DynamicSlidingWindowLayer
 
 from qr_integrations.backend.stored import Stored
-from qr_integrations.errors import UnsupportedModelError
+from qr_integrations.errors import InputError, UnsupportedModelError
 from qr_integrations.types import Span
 
 Continuation = Literal["keys", "values", "tokens"]
@@ -137,15 +138,16 @@ class Prefix:
             return self.next_position
         if not self.blocks:
             return len(self)
-        return max(self.position_of(block.start) + len(block) for block in self.blocks)
+        begins = self.block_positions or (self.blocks[0].start,) * len(self.blocks)
+        return max(begin + len(block) for begin, block in zip(begins, self.blocks, strict=True))
 
     def position_of(self, token: int) -> int:
         """Where a token of this prefix stands."""
-        for number, block in enumerate(self.blocks):
-            if block.start <= token < block.stop:
-                begins = self.block_positions[number] if self.block_positions else self.blocks[0].start
-                return begins + token - block.start
-        return token
+        number = bisect_right(self.blocks, token, key=lambda block: block.start) - 1
+        if number < 0 or token >= self.blocks[number].stop:
+            return token
+        begins = self.block_positions[number] if self.block_positions else self.blocks[0].start
+        return begins + token - self.blocks[number].start
 
     @property
     def is_plain(self) -> bool:
@@ -216,13 +218,17 @@ class Prefix:
 
         Raises:
             UnsupportedModelError: it holds the states of recurrent layers, or blocks.
+            InputError: of the top layer, it holds some heads only.
         """
         if not self.can_crop:
             raise UnsupportedModelError(
                 "states of recurrent layers, and blocks, cannot be saved: keep the text, and prefill it again"
             )
-        parts = {f"{i}.keys": layer.keys for i, layer in enumerate(self._layers) if type(layer) in _PLAIN}
-        parts |= {f"{i}.values": layer.values for i, layer in enumerate(self._layers) if type(layer) is DynamicLayer}
+        if any(isinstance(layer, StoredLayer) and layer.heads is not None for layer in self._layers):
+            raise InputError("the prefix lacks heads of its top layer: prefill the text, and save that")
+        layers = [layer.dense() if isinstance(layer, StoredLayer) else layer for layer in self._layers]
+        parts = {f"{i}.keys": layer.keys for i, layer in enumerate(layers) if type(layer) in _PLAIN}
+        parts |= {f"{i}.values": layer.values for i, layer in enumerate(layers) if type(layer) is DynamicLayer}
         metadata = {"token_ids": json.dumps(self.token_ids), "top_layer": str(self.top_layer)}
         save_file({name: tensor.contiguous() for name, tensor in parts.items()}, path, metadata)
 

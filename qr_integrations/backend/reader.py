@@ -24,6 +24,7 @@ from qr_integrations.backend.opened import OpenedModel
 from qr_integrations.backend.prefix import (
     Continuation,
     Prefix,
+    StoredLayer,
     narrowest_window,
     new_cache,
     read_prefix,
@@ -70,6 +71,8 @@ class Reader(OpenedModel):
                 f"the prefix holds layers 0..{prefix.top_layer}, the tap reads layer {tap.top_layer}: prefill with "
                 "top_layer=tap.top_layer, and without attention_mask"
             )
+        if prefix is not None:
+            self._check_kept(prefix, tap.heads)
         if prefix is not None and len(ids) > 1 and not prefix.can_crop:
             raise InputError("recurrent layers and blocks go on with one text at a time: pass one row of token_ids")
         if prefix is not None and prefix.cache is None:
@@ -152,6 +155,7 @@ class Reader(OpenedModel):
             wanted: heads, as the branches are to be read with.
             prefix: reaches as deep as the heads.
         """
+        self._check_wanted(wanted, prefix)
         if not token_ids or not self._can_branch(wanted.top_layer, prefix, len(token_ids)):
             return None
         state = BranchPass(prefix, None, [Span(0, len(token_ids))], wanted)
@@ -181,9 +185,10 @@ class Reader(OpenedModel):
             trunk: what `read_trunk` gave for this prefix and these heads.
 
         Raises:
-            InputError: an empty branch, or one that does not begin with the trunk.
+            InputError: an empty branch, or one that does not begin with the trunk; or the prefix is not that deep.
         """
-        return torch.stack([means for means, _ in self._each_branch(branches, wanted, prefix, trunk)])
+        means = [means for means, _ in self._each_branch(branches, wanted, prefix, trunk)]
+        return torch.stack(means) if means else torch.zeros(0, wanted.num_rows, len(prefix), device=self.device)
 
     @torch.no_grad()
     def forward_branch_rows(
@@ -201,7 +206,9 @@ class Reader(OpenedModel):
         self, branches: Sequence[Sequence[int]], wanted: Wanted, prefix: Prefix, trunk: Trunk | None
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """The mean of the rows, and the rows by span."""
-        self.check_heads(wanted.heads)
+        self._check_wanted(wanted, prefix)
+        if not branches:
+            return
         shared = len(trunk.token_ids) if trunk else 0
         for number, branch in enumerate(branches):
             if len(branch) <= shared or (trunk and tuple(branch[:shared]) != trunk.token_ids):
@@ -220,6 +227,15 @@ class Reader(OpenedModel):
                     sums, rows = sums + trunk.attention, torch.cat([trunk.by_span, rows], dim=1)
                 yield sums / (shared + len(place)), rows
 
+    def _check_wanted(self, wanted: Wanted, prefix: Prefix) -> None:
+        self.check_heads(wanted.heads)
+        self._check_kept(prefix, wanted.heads)
+        if prefix.top_layer < wanted.top_layer:
+            raise InputError(
+                f"the prefix holds layers 0..{prefix.top_layer}, the heads go up to layer {wanted.top_layer}: prefill "
+                "with top_layer=wanted.top_layer"
+            )
+
     def _can_branch(self, top_layer: int, prefix: Prefix, num_tokens: int) -> bool:
         """Whether the layers see all of the prefix and nothing but its keys and values; tried once per layer."""
         window = narrowest_window(self.config)
@@ -229,7 +245,11 @@ class Reader(OpenedModel):
             if top_layer not in self._branching:
                 heads = tuple((top_layer, head) for head in range(self.attention_layers[top_layer].num_heads))
                 self._branching[top_layer] = True  # for the trial itself
-                self._branching[top_layer] = try_branches(self, heads)
+                try:
+                    self._branching[top_layer] = try_branches(self, heads)
+                except BaseException:
+                    del self._branching[top_layer]  # out of memory is no answer: the next query tries again
+                    raise
             return self._branching[top_layer]
 
     def _one_branch(self, token_ids: Sequence[int], wanted: Wanted, prefix: Prefix) -> tuple[Tensor, Tensor]:
@@ -240,6 +260,19 @@ class Reader(OpenedModel):
         if not wanted.spans:
             return found, found.new_zeros(len(found), len(token_ids), 0)
         return found.mean(1), torch.stack([added_up(one, wanted.spans) for one in found])
+
+    def _check_kept(self, prefix: Prefix, heads: Sequence[tuple[int, int]]) -> None:
+        """Whether the prefix keeps the keys that these heads read."""
+        top = prefix.cache.layers[-1] if prefix.cache is not None and prefix.cache.layers else None
+        if not isinstance(top, StoredLayer) or top.heads is None:
+            return
+        layer = self.attention_layers[prefix.top_layer]
+        shared = layer.num_heads // layer.num_kv_heads
+        for at, head in heads:
+            if at == prefix.top_layer and head // shared not in top.heads:
+                raise InputError(
+                    f"the prefix does not keep the keys that head {(at, head)} reads: read the text again for these heads"
+                )
 
     def _run_branches(self, state: BranchPass, branches: Sequence[Sequence[int]], prefix: Prefix) -> None:
         """One pass of branches side by side, all from the same position on."""

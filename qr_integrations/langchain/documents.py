@@ -42,6 +42,14 @@ def rank_documents(
     return with_relevances(documents, settings.relevances(query, as_ranked(documents, settings), top_n))
 
 
+def _as_number(score: Any) -> Any:
+    """For JSON; what is no number stays as it is."""
+    try:
+        return float(score)
+    except (TypeError, ValueError):
+        return score
+
+
 def with_relevances(documents: Sequence[Document], relevances: Sequence[Relevance]) -> list[Document]:
     """Copies of the documents that something is said about, with what is said in their metadata."""
     found = []
@@ -50,6 +58,6 @@ def with_relevances(documents: Sequence[Document], relevances: Sequence[Relevanc
         before = document.metadata.get(RELEVANCE_SCORE)
         metadata = {**relevance.added_to(document.metadata), RELEVANCE_SCORE: relevance.score}
         if before is not None:
-            metadata[RETRIEVAL_SCORE] = float(before)
+            metadata[RETRIEVAL_SCORE] = _as_number(before)
         found.append(document.model_copy(update={"metadata": metadata}))
     return found

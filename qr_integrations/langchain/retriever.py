@@ -1,6 +1,7 @@
 """The long-context retriever for LangChain: all documents are read, none has an embedding."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -48,7 +49,8 @@ class QRRetriever(IndexSettings, BaseRetriever):
 
     Attributes:
         documents: what is searched.
-        k: how many come back, None for all; ``invoke(query, k=...)`` overrides it.
+        k: how many come back, None for all; ``invoke(query, k=...)`` and ``bind(k=...)`` override it. Not so
+            `configurable_fields`: it makes a new retriever for each question, which reads all documents again.
 
     All other parameters are those of `IndexSettings`; metadata keys as in `QRRerank`.
     """
@@ -93,7 +95,7 @@ class QRRetriever(IndexSettings, BaseRetriever):
         """
         return cls.from_documents(_documents(texts, metadatas, ids), **kwargs)
 
-    def add_documents(self, documents: Sequence[Document], ids: Sequence[str] | None = None) -> list[str]:
+    def add_documents(self, documents: Iterable[Document], ids: Sequence[str] | None = None) -> list[str]:
         """Search these too. They stand behind the others, which are not read again.
 
         Args:
@@ -105,15 +107,17 @@ class QRRetriever(IndexSettings, BaseRetriever):
             The ids.
 
         Raises:
-            InputError: not as many ids as documents, or one twice; nothing is added then.
+            InputError: something that is no document, not as many ids as documents, or one twice; nothing is added
+                then.
         """
-        if ids is not None and len(ids) != len(documents):
-            raise InputError(f"{len(documents)} documents and {len(ids)} ids: pass one for each document")
-        names = [(ids[i] if ids else document.id) or str(uuid4()) for i, document in enumerate(documents)]
+        given = _checked(documents)
+        if ids is not None and len(ids) != len(given):
+            raise InputError(f"{len(given)} documents and {len(ids)} ids: pass one for each document")
+        names = [(ids[i] if ids else document.id) or str(uuid4()) for i, document in enumerate(given)]
         if len(set(names)) < len(names):
             twice = next(name for name in names if names.count(name) > 1)
             raise InputError(f"the id {twice!r} is there twice: pass another for each document")
-        new = [document.model_copy(update={"id": name}) for document, name in zip(documents, names, strict=True)]
+        new = [document.model_copy(update={"id": name}) for document, name in zip(given, names, strict=True)]
         self._change(set(names), new)
         return names
 
@@ -123,7 +127,7 @@ class QRRetriever(IndexSettings, BaseRetriever):
         """As `add_documents`, of texts."""
         return self.add_documents(_documents(texts, metadatas, ids))
 
-    def delete(self, ids: Sequence[str]) -> bool:
+    def delete(self, ids: Iterable[str]) -> bool:
         """Search these no more. With ``refinements={"layout": "block"}`` nothing is read again, else what stood behind.
 
         Returns:
@@ -131,16 +135,16 @@ class QRRetriever(IndexSettings, BaseRetriever):
         """
         if isinstance(ids, str):
             raise InputError("ids is a single id: pass a list")
-        known = {document.id for document in self.documents}
-        self._change(set(ids), [])
-        return known.issuperset(ids)
+        gone, known = set(ids), {document.id for document in self.documents}
+        self._change(gone, [])
+        return known >= gone
 
-    async def aadd_documents(self, documents: Sequence[Document], ids: Sequence[str] | None = None) -> list[str]:
+    async def aadd_documents(self, documents: Iterable[Document], ids: Sequence[str] | None = None) -> list[str]:
         """`add_documents` in a worker thread."""
         added: list[str] = await run_in_executor(None, self.add_documents, documents, ids)
         return added
 
-    async def adelete(self, ids: Sequence[str]) -> bool:
+    async def adelete(self, ids: Iterable[str]) -> bool:
         """`delete` in a worker thread."""
         deleted: bool = await run_in_executor(None, self.delete, ids)
         return deleted
@@ -213,7 +217,7 @@ class QRRetriever(IndexSettings, BaseRetriever):
 
     def _together(self, queries: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Together]:
         """What is found for several questions, for `_get_relevant_documents` to hand out; nothing if it cannot be."""
-        asked = [query for query in dict.fromkeys(queries) if isinstance(query, str) and query.strip()]
+        asked = [query for query in dict.fromkeys(q for q in queries if isinstance(q, str)) if query.strip()]
         if not self.indexed or self.explain or len(asked) < 2:
             return {}
         documents = self.documents
@@ -248,8 +252,8 @@ class QRRetriever(IndexSettings, BaseRetriever):
         return found
 
     def _count(self, k: int | None) -> int | None:
-        if k is not None and k < 0:
-            raise InputError(f"k is {k}: pass 0 or more")
+        if k is not None and (not isinstance(k, Integral) or k < 0):
+            raise InputError(f"k is {k!r}: pass a whole number, 0 or more")
         return self.k if k is None else k
 
     def _change(self, gone: set[str], new: Sequence[Document]) -> None:
@@ -259,6 +263,15 @@ class QRRetriever(IndexSettings, BaseRetriever):
             if self.indexed and self.is_index_there:
                 self.index_over(as_ranked(documents, self))
             self.documents = documents
+
+
+def _checked(documents: Iterable[Document]) -> list[Document]:
+    if isinstance(documents, str | Document):
+        raise InputError("documents is a single document: pass a list of them")
+    given = list(documents)
+    if wrong := [document for document in given if not isinstance(document, Document)]:
+        raise InputError(f"{wrong[0]!r} is no LangChain document: pass Document(text), or texts to add_texts")
+    return given
 
 
 def _documents(

@@ -1,7 +1,7 @@
 """The long-context retriever for LlamaIndex: all nodes are read, none has an embedding."""
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -127,21 +127,24 @@ class QRRetriever(BaseRetriever):
             node.id_ += f"-{times}" if times > 1 else ""
         return cls(nodes, **settings)
 
-    def insert_nodes(self, nodes: Sequence[BaseNode]) -> None:
+    def insert_nodes(self, nodes: Iterable[BaseNode]) -> None:
         """Search these too. They stand behind the others, which are not read again.
 
         A node whose id is known takes the place of the one that had it, at the end.
 
         Raises:
-            InputError: an id that is there twice, or an image without text; nothing is added then.
+            InputError: something that is no node, an id that is there twice, or an image without text; nothing is
+                added then.
         """
-        names = [node.node_id for node in nodes]
+        given = _checked(nodes)
+        as_ranked(given, self.metadata_mode, self.settings)  # refuses images, also before there is an index
+        names = [node.node_id for node in given]
         if len(set(names)) < len(names):
             twice = next(name for name in names if names.count(name) > 1)
             raise InputError(f"the id {twice!r} is there twice: pass another for each node")
-        self._change(set(names), nodes)
+        self._change(set(names), given)
 
-    def delete_nodes(self, node_ids: Sequence[str]) -> bool:
+    def delete_nodes(self, node_ids: Iterable[str]) -> bool:
         """Search these no more. With ``refinements={"layout": "block"}`` nothing is read again, else what stood behind.
 
         Returns:
@@ -149,9 +152,9 @@ class QRRetriever(BaseRetriever):
         """
         if isinstance(node_ids, str):
             raise InputError("node_ids is a single id: pass a list")
-        known = {node.node_id for node in self.nodes}
-        self._change(set(node_ids), [])
-        return known.issuperset(node_ids)
+        gone, known = set(node_ids), {node.node_id for node in self.nodes}
+        self._change(gone, [])
+        return known >= gone
 
     def persist(self, persist_dir: str | Path) -> None:
         """Write nodes, their keys and values, and settings into a folder; of the keys and values what is new.
@@ -212,6 +215,15 @@ class QRRetriever(BaseRetriever):
 
     async def _aretrieve(self, query_bundle: QueryBundle) -> list[NodeWithScore]:
         return await asyncio.to_thread(self._retrieve, query_bundle)
+
+
+def _checked(nodes: Iterable[BaseNode]) -> list[BaseNode]:
+    if isinstance(nodes, str | BaseNode):
+        raise InputError("nodes is a single node: pass a list of them")
+    given = list(nodes)
+    if wrong := [node for node in given if not isinstance(node, BaseNode)]:
+        raise InputError(f"{wrong[0]!r} is no node: pass TextNode(text=...); of a NodeWithScore, its .node")
+    return given
 
 
 def _nodes_of(index: Any) -> list[BaseNode]:

@@ -97,7 +97,7 @@ def _count(name: str, given: Any) -> int:
     """Language models also write "3" and 3.0."""
     try:
         count = int(given)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         count = -1
     if count < 0:
         raise InputError(f"{name} is {given!r}: pass a whole number, how many are wanted")

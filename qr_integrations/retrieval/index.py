@@ -5,6 +5,7 @@ A prompt is documents first, query last, so what the model computes of the docum
 Legend: N documents.
 """
 
+import operator
 import threading
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
@@ -19,7 +20,7 @@ from qr_integrations.errors import InputError, WindowError
 from qr_integrations.retrieval.answers import answer
 from qr_integrations.retrieval.index_files import IndexContents, read_index, write_index
 from qr_integrations.retrieval.kept_windows import Told, Window, WindowReader
-from qr_integrations.retrieval.layout import PromptLayout
+from qr_integrations.retrieval.layout import PromptLayout, Query
 from qr_integrations.retrieval.merging import best_of_all
 from qr_integrations.retrieval.qrhead import QRHeadReranker
 from qr_integrations.retrieval.refinements import Refinements
@@ -33,6 +34,8 @@ from qr_integrations.retrieval.reranker import (
     explained_only,
 )
 from qr_integrations.types import Document, GroundedAnswer, Ranking, ScoredDocument
+
+_TOGETHER = 32  # queries at a time: the prompt and the scores of each are as long as the documents
 
 
 class DocumentIndex:
@@ -61,8 +64,7 @@ class DocumentIndex:
             raise InputError("an index knows where its documents stand: leave out first_occurrence")
         self.reranker, self.kept, self.whole = reranker, kept, whole
         self._reader = WindowReader(reranker, kept, whole=whole)
-        self._windows: tuple[Window, ...] = ()
-        self._documents: tuple[Document, ...] = ()
+        self._contents: tuple[tuple[Window, ...], tuple[Document, ...]] = ((), ())  # replaced together
         self._changing = threading.Lock()
 
     @classmethod
@@ -113,11 +115,11 @@ class DocumentIndex:
         return index
 
     def __len__(self) -> int:
-        return len(self._documents)
+        return len(self.documents)
 
     def __repr__(self) -> str:
         return (
-            f"DocumentIndex({len(self)} documents, {len(self._windows)} windows, {self.num_bytes / 2**20:.1f} MiB, "
+            f"DocumentIndex({len(self)} documents, {len(self.windows)} windows, {self.num_bytes / 2**20:.1f} MiB, "
             f"layout={self.layout!r}, kept={self.kept!r}, model={self.backend.name!r})"
         )
 
@@ -134,17 +136,17 @@ class DocumentIndex:
     @property
     def documents(self) -> tuple[Document, ...]:
         """What is searched; `ScoredDocument.index` points here."""
-        return self._documents
+        return self._contents[1]
 
     @property
     def windows(self) -> tuple[Window, ...]:
         """The prompts in which the documents stand."""
-        return self._windows
+        return self._contents[0]
 
     @property
     def num_bytes(self) -> int:
         """Memory of the kept keys and values."""
-        return sum(window.prefix.num_bytes for window in self._windows)
+        return sum(window.prefix.num_bytes for window in self.windows)
 
     def rank(
         self,
@@ -161,9 +163,11 @@ class DocumentIndex:
         are kept as the model computes them.
 
         Raises:
-            InputError: no query.
+            InputError: no query, or `top_k` or `max_spans` below 1.
             WindowError: the query is longer than what the window leaves free.
         """
+        if max_spans is not None and max_spans < 1:
+            raise InputError(f"max_spans must be at least 1, got {max_spans}: pass None for all spans")
         return self._rank([query], top_k, instruction, explain, max_spans)[0]
 
     def rank_batch(
@@ -184,26 +188,34 @@ class DocumentIndex:
     ) -> list[Ranking]:
         for query in queries:
             check_query(query, top_k)
-        windows = self._windows
+        windows = self.windows
         if not windows:
             return [Ranking(query, ()) for query in queries]
         asked = [self.reranker.query(query, instruction) for query in queries]
+        self._check_lengths(windows, asked)
         one_scale = self.reranker.limits.merge != "raw"
-        found = self.reranker.scorer.score_windows([window.reading for window in windows], asked, one_scale=one_scale)
-        self._check_lengths([layout for scored in found for layout, _ in scored])
+        readings = [window.reading for window in windows]
         explained = int(explain) if explain is not True else top_k or sum(len(w.candidates) for w in windows)
-        return [
-            Ranking(query, tuple(_merged(windows, scored, explained, max_spans))).top(top_k)
-            for query, scored in zip(queries, found, strict=True)
-        ]
+        rankings = []
+        for start in range(0, len(asked), _TOGETHER):
+            some = asked[start : start + _TOGETHER]
+            found = self.reranker.scorer.score_windows(readings, some, one_scale=one_scale)
+            rankings += [
+                Ranking(query.text, tuple(_merged(windows, scored, explained, max_spans))).top(top_k)
+                for query, scored in zip(some, found, strict=True)
+            ]
+        return rankings
 
-    def _check_lengths(self, layouts: Iterable[PromptLayout]) -> None:
+    def _check_lengths(self, windows: Sequence[Window], queries: Iterable[Query]) -> None:
+        """Whether every query fits behind the window whose documents reach furthest."""
         limit = self.reranker.limits.max_context_tokens
-        longest = max(layouts, key=len)
-        if limit is not None and self.layout == "joint" and len(longest) > limit:
+        fullest = max(windows, key=lambda window: window.prefix.num_positions)
+        behind = fullest.prefix.num_positions
+        longest = max(len(self.reranker.scorer.prompt(fullest.reading, query).query) for query in queries)
+        if limit is not None and behind + longest > limit:
             raise WindowError(
-                f"the query needs {len(longest.query):,} tokens behind {len(longest.shared):,} of documents, the "
-                f"window holds {limit:,}: pass a shorter query, or build the index with a smaller max_context_tokens"
+                f"the query needs {longest:,} tokens behind {behind:,} of documents, the window holds {limit:,}: pass "
+                "a shorter query, or build the index with a smaller max_context_tokens"
             )
 
     def add(self, documents: Sequence[DocumentLike], *, progress: Progress | None = None) -> None:
@@ -219,13 +231,13 @@ class DocumentIndex:
         if not given:
             return
         with self._changing:
-            windows = list(self._windows)
-            parts = self._reader.parts(given, len(self._documents), windows[-1] if windows else None)
+            windows = list(self.windows)
+            parts = self._reader.parts(given, len(self.documents), windows[-1] if windows else None)
             tell = Told(progress, sum(candidate.cost for _, part in parts for candidate in part))
             for is_new, part in parts:
                 grown = self._reader.grown(None if is_new else windows.pop(), part, tell)
                 windows.append(grown)
-            self._windows, self._documents = tuple(windows), self._documents + tuple(given)
+            self._contents = tuple(windows), self.documents + tuple(given)
 
     def remove(self, indices: Iterable[int]) -> None:
         """Take documents out; those behind them move up.
@@ -240,14 +252,13 @@ class DocumentIndex:
             InputError: there is no such document; nothing is removed then.
         """
         with self._changing:
-            gone = set(indices)
-            if wrong := [index for index in gone if not 0 <= index < len(self._documents)]:
-                raise InputError(f"there is no document #{wrong[0]} among {len(self)}: pass positions in documents")
-            left = [index for index in range(len(self._documents)) if index not in gone]
+            old, documents = self._contents
+            gone = set(_positions(indices, len(documents)))
+            left = [index for index in range(len(documents)) if index not in gone]
             places = {index: place for place, index in enumerate(left)}
-            windows = [self._reader.shrunk(window, places) for window in self._windows]
-            self._windows = tuple(window for window in windows if window is not None)
-            self._documents = tuple(self._documents[index] for index in left)
+            windows = [self._reader.shrunk(window, places) for window in old]
+            kept = tuple(window for window in windows if window is not None)
+            self._contents = kept, tuple(documents[index] for index in left)
 
     def prefix(self, indices: Sequence[int] | None = None) -> Prefix:
         """Keys and values of some documents, for `Backend.answer` to go on from.
@@ -263,10 +274,8 @@ class DocumentIndex:
         """
         if not self.whole:
             raise InputError("the upper layers are not kept: build the index with answers=True")
-        windows = self._windows
-        chosen = list(range(len(self._documents)) if indices is None else dict.fromkeys(indices))
-        if wrong := [index for index in chosen if not 0 <= index < len(self._documents)]:
-            raise InputError(f"there is no document #{wrong[0]} among {len(self)}: pass positions in documents")
+        windows, documents = self._contents
+        chosen = _positions(range(len(documents)) if indices is None else indices, len(documents))
         holding = [(window, set(chosen) & {c.index for c in window.candidates}) for window in windows]
         holding = [(window, some) for window, some in holding if some]
         if not holding or (self.layout == "joint" and len(holding) > 1):
@@ -299,7 +308,7 @@ class DocumentIndex:
                 is of a class of your own; nothing is written then.
         """
         with self._changing:
-            windows, documents = self._windows, self._documents
+            windows, documents = self._contents
         write_index(folder, IndexContents(self.reranker, self.kept, self.whole, documents, windows))
 
     @classmethod
@@ -318,8 +327,23 @@ class DocumentIndex:
         """
         saved = read_index(folder, model, verify=verify)
         index = cls(saved.reranker, saved.kept, whole=saved.whole)
-        index._windows, index._documents = saved.windows, saved.documents
+        index._contents = saved.windows, saved.documents
         return index
+
+
+def _positions(indices: Iterable[int], count: int) -> list[int]:
+    """Each once, in their order.
+
+    Raises:
+        InputError: one of `count` documents is meant that there is not, or none at all.
+    """
+    try:
+        chosen = list(dict.fromkeys(map(operator.index, indices)))
+    except TypeError as error:
+        raise InputError(f"{indices!r} are no positions ({error}): pass a list of whole numbers") from error
+    if wrong := [index for index in chosen if not 0 <= index < count]:
+        raise InputError(f"there is no document #{wrong[0]} among {count}: pass positions in documents")
+    return chosen
 
 
 def _merged(

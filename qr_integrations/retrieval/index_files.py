@@ -176,7 +176,7 @@ def _written(folder: Path, prefix: Prefix) -> _File:
     """The file of a window; one that is there already is not written again."""
     with _placing:
         known = _places.get(prefix.cache, {}).get(folder)
-    if known is not None and known.stamp == _stamp(folder / known.name):
+    if known is not None and known.stamp and known.stamp == _stamp(folder / known.name):
         return known
     whole = cut(prefix, [Span(0, len(prefix))])[0]
     file = _File(*write_by_content(folder, piece_chunks(whole), "window-{}.safetensors"))
@@ -193,8 +193,8 @@ def _note(folder: Path, prefix: Prefix, file: _File) -> None:
 def _stamp(path: Path) -> tuple[int, ...]:
     try:
         found = path.stat()
-    except OSError:
-        return (0,)
+    except OSError:  # removed meanwhile
+        return ()
     return found.st_ino, found.st_size, found.st_mtime_ns
 
 

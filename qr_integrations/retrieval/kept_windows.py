@@ -5,6 +5,7 @@ An index is made of them; which documents it has, and what is asked, is not know
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import accumulate, pairwise
 
 import torch
@@ -54,7 +55,10 @@ class WindowReader:
         self.reranker, self.kept, self.whole = reranker, kept, whole
         self.blocks = reranker.refinements.layout == "block"
         self._scorer = reranker.scorer
-        self._top_heads = None if whole else _read_keys(reranker)
+
+    @cached_property
+    def _top_heads(self) -> tuple[int, ...] | None:
+        return None if self.whole else _read_keys(self.reranker)
 
     def parts(self, given: Sequence[Document], first: int, last: Window | None) -> list[tuple[bool, list[Candidate]]]:
         """New documents by window: whether it is a new one, and what goes into it."""
@@ -86,10 +90,7 @@ class WindowReader:
         if self.blocks:
             new = self._read_blocks(part, tell)
             old = new[:1] if window is None else cut(window.prefix, window.spans)
-            behind = new[1:]
-            if self.reranker.refinements.positions == "in_line":
-                behind = in_line(behind, self._scorer.rotation().moved, start=old[-1].position + len(old[-1]))
-            reading.prefix = self.side_by_side([*old, *behind])
+            reading.prefix = self.side_by_side([*old, *new[1:]])
         else:
             reuse = None if window is None else window.prefix
             prefix = self._scorer.prefill(reading.layout, reuse, whole=self.whole, progress=tell)
@@ -109,7 +110,8 @@ class WindowReader:
             beginning, *pieces = cut(window.prefix, window.spans)
             reading.prefix = self.side_by_side([beginning, *(pieces[i] for i in left)])
         else:
-            reading.prefix = self._packed(self._scorer.prefill(reading.layout, window.prefix, whole=self.whole))
+            prefix = self._packed(self._scorer.prefill(reading.layout, window.prefix, whole=self.whole))
+            reading.prefix = self.side_by_side([piece.own() for piece in cut(prefix, [Span(0, len(prefix))])])
         return Window(candidates, reading)
 
     def _read_blocks(self, part: Sequence[Candidate], tell: "Told") -> list[Piece]:
@@ -127,11 +129,13 @@ class WindowReader:
         return pack(prefix, dtype=self.kept, top_heads=self._top_heads)
 
     def side_by_side(self, pieces: Sequence[Piece], *, next_position: int | None = None) -> Prefix:
-        """A beginning, and behind it pieces at the positions that they have."""
+        """A beginning, and behind it pieces at the positions that they have; blocks where the refinements want them."""
         num_heads = self.reranker.backend.attention_layers[pieces[0].top_layer].num_kv_heads
         dtype: torch.dtype = self.reranker.backend.model.dtype
         if self.blocks:
             check_reach(sum(map(len, pieces)), self.reranker.backend.config)
+            if self.reranker.refinements.positions == "in_line":
+                pieces = in_line(pieces, self._scorer.rotation().moved, start=0)
         return join(
             pieces,
             dtype=dtype,
@@ -172,8 +176,12 @@ def _batches(part: Sequence[Candidate]) -> Iterator[list[Candidate]]:
 
 
 def _read_keys(reranker: AttentionReranker) -> tuple[int, ...] | None:
-    """The key/value heads of the deepest layer that are read; None if all are."""
-    top = reranker.backend.attention_layers[reranker.heads.top_layer]
+    """The key/value heads of the deepest layer that are read; None if all are, or where what is kept is not keys."""
+    top_layer = reranker.heads.top_layer
+    top = reranker.backend.attention_layers[top_layer]
+    sample = reranker.backend.prefill((0,), top_layer=top_layer)
+    if not sample.is_plain or cut(sample, [Span(0, 1)])[0].keys[-1].steps.shape[1] != top.num_kv_heads:
+        return None  # latent attention keeps one vector for all heads
     shared = top.num_heads // top.num_kv_heads
-    read = {head // shared for layer, head in reranker.heads.heads if layer == reranker.heads.top_layer}
+    read = {head // shared for layer, head in reranker.heads.heads if layer == top_layer}
     return tuple(sorted(read)) if len(read) < top.num_kv_heads else None

@@ -32,19 +32,6 @@ class Shares:
     documents_KQN: Float[Tensor, "K Q N"]
     common_KQ: Float[Tensor, "K Q"]
 
-    @classmethod
-    def of(cls, rows_KQT: Float[Tensor, "K Q T"], documents: Sequence[Span]) -> "Shares":
-        """From whole rows of attention to the shared tokens; what stands before the first document is common."""
-        upto = torch.nn.functional.pad(rows_KQT.cumsum(-1, dtype=torch.float64), (1, 0))
-        starts, stops = [span.start for span in documents], [span.stop for span in documents]
-        common_KQ = 1.0 - (upto[..., -1] - upto[..., starts[0]])
-        return cls(rows_KQT.mean(1), (upto[..., stops] - upto[..., starts]).float(), common_KQ.float())
-
-    @classmethod
-    def of_all_heads(cls, parts: Sequence["Shares"]) -> "Shares":
-        """From those of some heads each."""
-        return cls(*(torch.cat([getattr(part, name) for part in parts]) for name in cls.__slots__))
-
 
 def on_one_scale(
     windows: Sequence[Shares], documents: Sequence[Sequence[Span]], *, rivals: int = RIVALS

@@ -157,10 +157,11 @@ class AttentionReranker:
         """
         if isinstance(queries, str) or len(queries) != len(documents):
             raise InputError(f"{len(queries)} queries and {len(documents)} document lists: pass one list per query")
+        lists = [as_documents(given) for given in documents]
         groups: dict[Contents, list[int]] = {}
-        for i, given in enumerate(documents):
-            groups.setdefault(contents(as_documents(given)), []).append(i)
-        rankings = {i: self.rank(queries[i], documents[i], top_k) for group in groups.values() for i in group}
+        for i, given in enumerate(lists):
+            groups.setdefault(contents(given), []).append(i)
+        rankings = {i: self.rank(queries[i], lists[i], top_k) for group in groups.values() for i in group}
         return [rankings[i] for i in range(len(queries))]
 
     async def arank(
@@ -179,6 +180,7 @@ class AttentionReranker:
         """Score every document by every head alone (equation 4, the detection path), in the given order.
 
         Raises:
+            InputError: no query, or no documents.
             WindowError: the documents do not fit into one window.
         """
         layout, scores_KT = self._per_head(query, documents)
@@ -194,6 +196,7 @@ class AttentionReranker:
             subsets: positions in ``heads.heads``.
 
         Raises:
+            InputError: no query, or no documents.
             WindowError: the documents do not fit into one window.
         """
         layout, scores_KT = self._per_head(query, documents)
@@ -202,6 +205,8 @@ class AttentionReranker:
     def _per_head(self, query: str, documents: Sequence[DocumentLike]) -> tuple[PromptLayout, Float[Tensor, "K T"]]:
         given = as_documents(documents)
         check_query(query, None)
+        if not given:
+            raise InputError("there are no documents to score: pass at least one")
         asked = self.query(query, None)
         windows = self.fit(asked, given, self.limits)
         if len(windows) > 1 or len(windows[0]) > len(given):

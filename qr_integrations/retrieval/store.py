@@ -195,6 +195,7 @@ class DocumentCache:
                 if None in pieces:
                     return self._filled(parts, asked, pieces)
         self._count(hits=len(pieces) - 1, misses=0)
+        self._touch(parts.keys)
         return _joined(pieces, asked)
 
     def _find(self, parts: _Parts, asked: _Asked) -> list[Piece | None]:
@@ -252,6 +253,13 @@ class DocumentCache:
                 self._num_bytes -= out[-1][1].piece.num_bytes
         for oldest in out:
             self._write(*oldest)
+
+    def _touch(self, keys: Sequence[str]) -> None:
+        """They were used; what others stand on goes last."""
+        with self._lock:
+            for key in reversed(keys):
+                if key in self._memory:
+                    self._memory.move_to_end(key)
 
     def _write(self, key: str, entry: _Entry) -> None:
         if self._files is not None and not (entry.on_disk and key in self._files):

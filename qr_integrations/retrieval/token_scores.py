@@ -98,7 +98,7 @@ class TokenScorer:
 
     def layout(self, query: Query, documents: Sequence[Document]) -> PromptLayout:
         """The prompt, without running the model."""
-        return self._layout(self._recall(documents), query)
+        return self.prompt(self._recall(documents), query)
 
     def score(
         self, query: Query, documents: Sequence[Document], *, per_head: bool = False
@@ -129,6 +129,10 @@ class TokenScorer:
         if known is None or known.documents != given[: len(known.documents)]:
             return Reading(given, self._writer.write(null, given))
         return Reading(given, self._writer.extend(known.layout, null, given))
+
+    def prompt(self, reading: Reading, query: Query) -> PromptLayout:
+        """The prompt of a query over documents that are laid out."""
+        return self._writer.rewrite(reading.layout, query, reading.documents)
 
     def read(self, reading: Reading) -> None:
         """Compute its prefix, unless it is there: of several threads with the same documents, one reads them."""
@@ -180,7 +184,7 @@ class TokenScorer:
         self, reading: Reading, queries: Sequence[Query], per_head: bool
     ) -> list[tuple[PromptLayout, Float[Tensor, "K _"]]]:
         """Calibrated scores of several queries over one window."""
-        layouts = [self._layout(reading, query) for query in queries]
+        layouts = [self.prompt(reading, query) for query in queries]
         found = []
         rows = self._rows(reading, queries, layouts, per_head)
         for query, layout, scores_KT in zip(queries, layouts, rows, strict=True):
@@ -218,7 +222,7 @@ class TokenScorer:
         """The words that all queries with this instruction begin with, read once; `spans` as in `Wanted`."""
 
         def read() -> Trunk | None:
-            one, other = (_tail(self._layout(reading, Query(q, instruction))) for q in (NULL_QUERY, _OTHER_QUERY))
+            one, other = (_tail(self.prompt(reading, Query(q, instruction))) for q in (NULL_QUERY, _OTHER_QUERY))
             assert reading.prefix is not None
             wanted = Wanted(self.heads.heads, per_head, spans)
             return self.backend.read_trunk(_common(one, other), wanted, reading.prefix)
@@ -231,7 +235,7 @@ class TokenScorer:
         """What the null query attends to."""
 
         def read() -> Tensor:
-            layout = self._layout(reading, Query(NULL_QUERY, instruction))
+            layout = self.prompt(reading, Query(NULL_QUERY, instruction))
             return self._attention(reading, [layout], instruction, per_head)[0]
 
         null_KT: Tensor = once(reading, ("null", per_head, instruction), read)
@@ -263,9 +267,6 @@ class TokenScorer:
     def _weighted(self, layout: PromptLayout, query: Query, scores_KT: Float[Tensor, "K T"]) -> Float[Tensor, "K T"]:
         weights_T = token_weights(layout, query.text, self.refinements)
         return scores_KT if weights_T is None else scores_KT * weights_T.to(scores_KT.device)
-
-    def _layout(self, reading: Reading, query: Query) -> PromptLayout:
-        return self._writer.rewrite(reading.layout, query, reading.documents)
 
     def _recall(self, documents: Sequence[Document]) -> Reading:
         key = contents(documents)

@@ -36,7 +36,7 @@ class Turn:
     def __post_init__(self) -> None:
         if not isinstance(self.text, str) or not self.text.strip():
             raise InputError(f"a turn says nothing ({self.text!r}): pass what was said as a string")
-        if self.speaker is not None and (not isinstance(self.speaker, str) or not self.speaker.isprintable()):
+        if self.speaker is not None and (not isinstance(self.speaker, str) or len(f"{self.speaker}.".splitlines()) > 1):
             raise InputError(f"{self.speaker!r} is no speaker: pass a name in one line, or None")
         if taken := {_SPEAKER, _TIME} & set(self.metadata):
             raise InputError(f"{min(taken)!r} is no name for a turn's metadata: pass {min(taken)}=, or name it else")
@@ -79,7 +79,8 @@ class Turn:
         speaker = next((given[name] for name in ("speaker", "name", "role") if given.get(name)), None)
         when, text = given.get("time"), given.get("text", given.get("content"))
         if isinstance(text, list | tuple):
-            text = "\n".join(part["text"] for part in text if isinstance(part, Mapping) and "text" in part)
+            parts = [part.get("text") if isinstance(part, Mapping) else part for part in text]
+            text = "\n".join(part for part in parts if isinstance(part, str))
         return cls(text or "", speaker, _perhaps(when), given.get("id"), given.get("metadata") or {})
 
 

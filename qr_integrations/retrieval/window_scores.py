@@ -93,7 +93,7 @@ class WindowScorer(TokenScorer):
 
     def _ask(self, reading: Reading, queries: Sequence[Query]) -> list[Asked]:
         """Several queries over one window; those with the same instruction share a pass."""
-        layouts = [self._layout(reading, query) for query in queries]
+        layouts = [self.prompt(reading, query) for query in queries]
         shares: dict[int, Shares] = {}
         for instruction in dict.fromkeys(query.instruction for query in queries):
             mine = [i for i, query in enumerate(queries) if query.instruction == instruction]
@@ -120,7 +120,7 @@ class WindowScorer(TokenScorer):
 
     def _null_shares(self, reading: Reading, instruction: str | None) -> Shares:
         def read() -> Shares:
-            return self._shares(reading, [self._layout(reading, Query(NULL_QUERY, instruction))], instruction)[0]
+            return self._shares(reading, [self.prompt(reading, Query(NULL_QUERY, instruction))], instruction)[0]
 
         shares: Shares = once(reading, ("null shares", True, instruction), read)
         return shares

@@ -4,6 +4,7 @@ from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
+from numbers import Integral
 from typing import Literal, get_args
 
 import numpy as np
@@ -115,8 +116,11 @@ class Limits:
             raise InputError(f"unknown truncation {self.truncation!r}: pass 'error', 'head' or 'chunk'")
         for name in ("max_context_tokens", "max_doc_tokens", "batch_size"):
             value = getattr(self, name)
-            if value is not None and value < 1:
-                raise InputError(f"{name} must be at least 1, got {value}: pass None for no limit")
+            if value is None:
+                continue
+            if not isinstance(value, Integral) or value < 1:
+                raise InputError(f"{name} must be at least 1, a whole number, got {value!r}: pass None for no limit")
+            object.__setattr__(self, name, int(value))  # numpy's numbers would go into files
 
 
 def fit(

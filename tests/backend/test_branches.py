@@ -1,17 +1,18 @@
 """Several texts behind one prefix in one pass, against eager attention over each whole text by itself."""
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from qr_integrations.backend import Prefix, Trunk, Wanted, branches, cut, join, pack, reader
-from qr_integrations.errors import HeadError, InputError
+from qr_integrations.backend import Backend, Prefix, Trunk, Wanted, branches, cut, join, pack, reader
+from qr_integrations.errors import HeadError, InputError, MemoryLimitError
 from qr_integrations.types import Span
 from tests.backend.architectures import SUPPORTED, Architecture
-from tests.backend.measure import Bench, bench, difference, named, random_ids, reference
+from tests.backend.measure import Bench, bench, difference, named, random_ids, random_model, reference, tiny_tokenizer
 
 LIMIT = 1e-5
 PREFIX, TRUNK = 14, 3
@@ -128,6 +129,31 @@ def test_what_cannot_be_asked_says_so() -> None:
         on.backend.forward_branches([[5]], Wanted(((99, 0),)), prefix=prefix)
 
 
+def test_a_prefix_that_is_not_deep_enough_says_so() -> None:
+    on = bench(named("Llama"))
+    prefix = on.backend.prefill(random_ids()[:PREFIX], top_layer=0)
+    for ask in (on.backend.forward_branches, on.backend.forward_branch_rows):
+        with pytest.raises(InputError, match="prefill with top_layer"):
+            ask([[5]], Wanted(on.heads), prefix=prefix)
+    with pytest.raises(InputError, match="prefill with top_layer"):
+        on.backend.read_trunk([5], Wanted(on.heads), prefix)
+    assert on.backend.forward_branches([], Wanted(((0, 1),)), prefix=prefix).shape == (0, 1, PREFIX)
+
+
+def test_a_trial_that_ran_out_of_memory_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Latent attention keeps no keys of its own, so these texts must not be read side by side."""
+    on = Bench(Backend(random_model(named("DeepSeek-V3")), tiny_tokenizer()), bench(named("DeepSeek-V3")).eager)
+
+    def full(*_: Any) -> bool:
+        raise MemoryLimitError("full")
+
+    monkeypatch.setattr(reader, "try_branches", full)
+    with pytest.raises(MemoryLimitError):
+        read(on, behind())
+    monkeypatch.undo()
+    assert difference(read(on, behind())[0], alone(on, behind())) < LIMIT
+
+
 # ---- prefixes that are kept in less, and in pieces
 
 
@@ -154,6 +180,19 @@ def test_what_is_kept_is_read_as_it_was(how: Any, limit: float) -> None:
     assert (difference(found, expected) > 0) == (how in ("float16", "bfloat16", "int8"))
     sizes = {"auto": 1, "pieces": 1, "top head": 0.9, "float16": 0.5, "bfloat16": 0.5, "int8": 0.38}
     assert packed.num_bytes / prefix.num_bytes == pytest.approx(sizes[how], abs=0.02)
+
+
+@pytest.mark.parametrize("dtype", ["auto", "int8"])
+def test_what_is_kept_is_saved(dtype: Any, tmp_path: Path) -> None:
+    on = bench(named("Llama"))
+    prefix = on.backend.prefill(random_ids()[:PREFIX], top_layer=on.top_layer)
+    packed = pack(prefix, dtype=dtype)
+    packed.save(tmp_path / "it.safetensors")
+    loaded = on.backend.load_prefix(tmp_path / "it.safetensors")
+    one, other = (on.backend.forward_branches(behind(), Wanted(on.heads), prefix=p) for p in (packed, loaded))
+    assert difference(one, other) < 1e-6
+    with pytest.raises(InputError, match="lacks heads"):
+        pack(prefix, top_heads=(1,)).save(tmp_path / "it.safetensors")
 
 
 def test_what_is_kept_can_be_appended_to() -> None:
@@ -198,3 +237,17 @@ def test_single_rows_by_stretches_of_the_prefix(name: str, per_head: bool) -> No
         by_span = torch.stack([whole[..., span.slice()].sum(-1) for span in spans], dim=-1)
         assert difference(rows, by_span if per_head else by_span.sum(0, keepdim=True)) < LIMIT
         assert difference(means, expected if per_head else expected.sum(0, keepdim=True)) < LIMIT
+
+
+def test_heads_whose_keys_are_not_kept_are_refused() -> None:
+    on = bench(named("Llama"))
+    packed = pack(on.backend.prefill(random_ids()[:PREFIX], top_layer=on.top_layer), top_heads=(1,))
+    rows = Span(PREFIX, PREFIX + len(behind()[0]))
+    for ask in (
+        lambda: on.backend.forward_branches(behind(), Wanted(((on.top_layer, 0),)), prefix=packed),
+        lambda: on.backend.forward(behind()[0], tap=AttentionTap(((on.top_layer, 1),), rows), prefix=packed),
+    ):
+        with pytest.raises(InputError, match="does not keep the keys that head .* reads"):
+            ask()
+    found = on.backend.forward(behind()[0], tap=AttentionTap(((on.top_layer, 2), (0, 0)), rows), prefix=packed)
+    assert found.isfinite().all()

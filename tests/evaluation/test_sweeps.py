@@ -108,7 +108,8 @@ def test_layers_above_the_last_one_do_not_run(
     finally:
         for hook in hooks:
             hook.remove()
-    passes, timed, orders = 3, 3, 4  # documents, empty query and query; a warm-up and two lists; two of each list
+    passes = 4  # documents, the task's words, the query's own, the empty query's
+    timed, orders = 3, 4  # a warm-up and two lists; two of each list
     assert calls[2] == calls[3] == passes * timed  # all layers run for comparison, and only then
     assert calls[1] == calls[2] + passes * (timed + orders) and calls[0] == calls[1] + passes * timed
     assert {one.top_layer: one.seconds for one in points} == {0: 1.0 * passes, 1: 2.0 * passes}

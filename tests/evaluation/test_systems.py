@@ -160,7 +160,7 @@ def test_heads_come_from_a_file_and_the_best_of_them_are_taken(
         ("bm25:", "'bm25:' is no system"),
         ("cross:", "'cross:' is no system"),
         ("bi", "'bi' is no system"),
-        ("qr:", "'qr:': there is no setting '': known are calibrated, heads, instruction, layout"),
+        ("qr:", "'qr:': there is no setting '': known are calibrated, heads, instruction, kept, layout"),
         ("qr:,top=2", "there is no setting '': known are"),
         (
             "qr:colour=red",
@@ -182,7 +182,7 @@ def test_heads_come_from_a_file_and_the_best_of_them_are_taken(
         ("qr:truncation=tail", r"truncation cannot be 'tail' \(it is error or head or chunk\): write"),
         ("qr:null_instruction=2", "null_instruction is a share, got 2.0: pass"),
         ("qr:heads=none.json", "no head set at 'none.json': pass"),
-        ("icr:top=2", "there is no setting 'top': known are calibrated, instruction, layout"),
+        ("icr:top=2", "there is no setting 'top': known are calibrated, instruction, kept, layout"),
         ("icr:heads=all", "there is no setting 'heads'"),
     ],
 )
@@ -232,8 +232,9 @@ def test_several_prompts_keep_the_ranking_though_scores_are_capped(made: Any, qr
 
     one, *others = read_detection_lists()[:3]
     documents = [*one.documents, *(document for other in others for document in other.documents)]
-    (system,) = made("qr:max_context_tokens=1024")
-    ranking = QRHeadReranker(qr_mini, truncation="head", max_context_tokens=1024).rank(one.query, documents)
+    (system,) = made("qr:max_context_tokens=1024,merge=final")
+    reranker = QRHeadReranker(qr_mini, truncation="head", max_context_tokens=1024, merge="final")
+    ranking = reranker.rank(one.query, documents)
     assert len({item.score for item in ranking}) < len(documents), "no score is capped: this tests nothing"
     scores = system.score(one.query, documents)
     assert sorted(range(len(documents)), key=lambda place: -scores[place]) == ranking.order

@@ -173,6 +173,21 @@ def test_ids_that_cannot_be_change_nothing(make: Any, documents: list[Document],
     assert own.documents == documents
 
 
+def test_a_generator_is_a_list_of_documents(make: Any, documents: list[Document]) -> None:
+    own = make(documents[:2])
+    assert own.add_documents(document for document in documents[1:]) == ["b", "c", "d"]
+    assert own.delete(name for name in ["a", "x"]) is False
+    assert [document.id for document in own.documents] == ["b", "c", "d"]
+
+
+@pytest.mark.parametrize("given", [Document("One."), iter(["a text"])], ids=["a document", "texts"])
+def test_what_is_no_list_of_documents_changes_nothing(make: Any, documents: list[Document], given: Any) -> None:
+    own = make()
+    with pytest.raises(ValueError, match="pass "):
+        own.add_documents(given)
+    assert own.documents == documents
+
+
 def test_documents_that_do_not_fit_change_nothing(make: Any, documents: list[Document], queries: list[str]) -> None:
     from qr_integrations.errors import WindowError
 
@@ -205,6 +220,17 @@ def test_copies_part_with_the_first_change(make: Any, queries: list[str]) -> Non
     for other in (own.model_copy(), copy.deepcopy(own)):
         other.delete(["b"])
         assert "b" not in dict(found(other, queries[1])) and found(own, queries[1])[0][0] == "b"
+
+
+def test_many_copies_with_settings_of_their_own_keep_what_they_read(
+    make: Any, queries: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    own = make(show_progress=True)
+    copies = [own.model_copy(update={"instruction": f"Find {number}."}) for number in range(6)]
+    before = [found(one, queries[1]) for one in copies]
+    assert "Reading" in capsys.readouterr().err
+    assert [found(one, queries[1]) for one in copies] == before
+    assert "Reading" not in capsys.readouterr().err
 
 
 def test_sixteen_threads_while_documents_come_and_go(make: Any, documents: list[Document], queries: list[str]) -> None:
@@ -280,6 +306,27 @@ def test_a_folder_is_read_and_not_the_documents(
     assert "Reading" in capsys.readouterr().err
 
 
+def test_a_model_that_another_closed_costs_no_reading_again(
+    documents: list[Document], tmp_path: Path, queries: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    from qr_integrations.langchain import QRRetriever
+
+    QRRetriever.from_documents(documents, model="qr-mini", dtype="bfloat16", indexed=True).save_local(tmp_path)
+    again = QRRetriever.load_local(tmp_path, show_progress=True)
+    expected = again.invoke(queries[1])
+    capsys.readouterr()
+    again.open().backend.close()
+    assert again.invoke(queries[1]) == expected and "Reading" not in capsys.readouterr().err
+
+
+def test_a_folder_is_opened_without_its_index(make: Any, tmp_path: Path, queries: list[str]) -> None:
+    from qr_integrations.langchain import QRRetriever
+
+    make(kv_dtype="int8", answers=True).save_local(tmp_path)
+    plain = QRRetriever.load_local(tmp_path, indexed=False)
+    assert not plain.indexed and plain.invoke(queries[1])[0].id == "b"
+
+
 def test_nothing_is_loaded_before_the_first_question(tmp_path: Path, make: Any) -> None:
     from qr_integrations.errors import LoadError
     from qr_integrations.langchain import QRRetriever
@@ -351,6 +398,8 @@ def test_what_cannot_be_saved_says_so(make: Any, tmp_path: Path) -> None:
         (make(), tmp_path, "holds something else"),
         (make().model_copy(update={"indexed": False}), tmp_path / "a", "indexed=True"),
         (make([Document("x", metadata={"n": {1}})]), tmp_path / "a", "metadata or id of document #0"),
+        (make().model_copy(update={"quantization": object()}), tmp_path / "a", "quantization="),
+        (make(), tmp_path / "notes.txt", "pass one"),
         (make(normalize=lambda scores: scores), tmp_path / "a", "normalize is a function"),
     ]:
         with pytest.raises(InputError, match=message):

@@ -179,6 +179,11 @@ def test_the_kept_score_is_a_python_float_too(reranker: Any, queries: list[str],
         json.dumps(document.metadata)
 
 
+def test_a_score_that_is_no_number_is_kept_as_it_is(reranker: Any) -> None:
+    (document,) = reranker.compress_documents([Document("A text.", metadata={"relevance_score": "high"})], "q")
+    assert document.metadata["retrieval_score"] == "high" and type(document.metadata["relevance_score"]) is float
+
+
 def test_a_second_ranking_replaces_what_the_first_one_said(
     qr_mini: Any, reranker: Any, queries: list[str], documents: list[Document]
 ) -> None:

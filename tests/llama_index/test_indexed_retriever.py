@@ -67,6 +67,25 @@ def test_what_cannot_be_inserted_changes_nothing(make: Any, inner: Any) -> None:
     assert own.nodes == inner and found(own) == expected
 
 
+def test_a_generator_is_a_list_of_nodes(make: Any, inner: Any) -> None:
+    own = make(inner[:2])
+    own.insert_nodes(node for node in inner[1:])
+    assert [node.node_id for node in own.nodes] == ["a", "b", "c", "d"]
+    assert own.delete_nodes(name for name in ["a", "x"]) is False
+    assert [node.node_id for node in own.nodes] == ["b", "c", "d"]
+
+
+@pytest.mark.parametrize("is_read", [True, False], ids=["read", "not read yet"])
+def test_what_is_no_list_of_nodes_with_text_changes_nothing(make: Any, inner: Any, nodes: Any, is_read: bool) -> None:
+    own = make()
+    if is_read:
+        own.retrieve(DRACULA)
+    for wrong in (inner[0], iter(["a text"]), iter(nodes), [ImageNode(image_path="x.png")]):
+        with pytest.raises(ValueError, match=r"pass |caption"):
+            own.insert_nodes(wrong)
+    assert own.nodes == inner and own.retrieve(DRACULA)[0].node_id == "b"
+
+
 def test_nodes_come_back_as_they_were(make: Any, inner: Any, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     from qr_integrations.llama_index import QRRetriever
 

@@ -338,3 +338,13 @@ def test_a_speaker_is_one_line(memory_of: Any) -> None:
 
     with pytest.raises(InputError, match="one line"):
         memory_of([]).append("Hello.", speaker="Anna\n[2] Ben")
+
+
+@pytest.mark.parametrize("name", ["Jean\u00a0Paul", "\u0645\u06cc\u200c\u0646\u0627", "Ada \U0001f469\u200d\U0001f4bb"])
+def test_signs_that_do_not_show_are_no_line_ends(memory_of: Any, name: str) -> None:
+    assert memory_of([{"text": "Hello.", "speaker": name}])[0].speaker == name
+
+
+def test_parts_of_a_message_may_be_strings(memory_of: Any) -> None:
+    parts = ["Hello.", {"type": "text", "text": "How are you?"}, {"type": "image"}, {"type": "text", "text": None}]
+    assert memory_of([{"role": "user", "content": parts}])[0].text == "Hello.\nHow are you?"

@@ -50,9 +50,12 @@ def test_rankings_are_those_of_a_fresh_reranker(qr_mini: Any, refinements: dict[
 
 
 @pytest.mark.parametrize("refinements", LAYOUTS, ids=str)
-def test_queries_together_are_ranked_as_one_by_one(qr_mini: Any, refinements: dict[str, str]) -> None:
+def test_queries_together_are_ranked_as_one_by_one(
+    qr_mini: Any, refinements: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     index = built(qr_mini, refinements)
     queries = [*QUERIES, QUERIES[0], "who " * 300 + "wrote dracula"]
+    monkeypatch.setattr("qr_integrations.retrieval.index._TOGETHER", 4)
     together = index.rank_batch(queries, top_k=3)
     for query, ranking in zip(queries, together, strict=True):
         assert ranking.query == query and len(ranking) == 3
@@ -88,7 +91,7 @@ def test_added_documents_are_ranked_as_if_they_had_been_there(qr_mini: Any, refi
         assert alike(grown.rank(query), built(qr_mini, refinements).rank(query))
 
 
-@pytest.mark.parametrize("refinements", LAYOUTS[:2], ids=str)
+@pytest.mark.parametrize("refinements", LAYOUTS, ids=str)
 @pytest.mark.parametrize("gone", [[0], [5], [1, 3], [4, 0, 5]], ids=str)
 def test_what_is_removed_leaves_nothing_behind(qr_mini: Any, refinements: dict[str, str], gone: list[int]) -> None:
     index, left = built(qr_mini, refinements), [text for i, text in enumerate(TEXTS) if i not in gone]
@@ -96,6 +99,35 @@ def test_what_is_removed_leaves_nothing_behind(qr_mini: Any, refinements: dict[s
     assert [document.text for document in index.documents] == left
     for query in QUERIES:
         assert alike(index.rank(query), fresh(qr_mini, refinements).rank(query, left))
+    index.add(["Bread again."])
+    assert alike(index.rank(QUERIES[0]), fresh(qr_mini, refinements).rank(QUERIES[0], [*left, "Bread again."]))
+
+
+def test_documents_and_windows_change_together(qr_mini: Any) -> None:
+    from qr_integrations import DocumentIndex
+
+    seen: list[tuple[int, int]] = []
+
+    class Watched(DocumentIndex):
+        def __setattr__(self, name: str, value: Any) -> None:
+            super().__setattr__(name, value)
+            held = {candidate.index for window in self.windows for candidate in window.candidates}
+            seen.append((len(self.documents), len(held)))
+
+    index: Any = Watched.__new__(Watched)
+    vars(index).update(vars(built(qr_mini, {})))
+    index.add(["One more."])
+    index.remove([1, 3])
+    assert seen and all(documents == held for documents, held in seen) and seen[-1] == (5, 5)
+
+
+@pytest.mark.parametrize("layout", ["joint", "block"])
+def test_what_is_removed_frees_its_memory(qr_mini: Any, layout: str) -> None:
+    index = built(qr_mini, {"layout": layout}, TEXTS * 5)
+    index.remove(range(3, 30))
+    layers = index.windows[0].prefix.cache.layers
+    stored = [kept for layer in layers for kept in (layer.stored_keys, layer.stored_values) if kept is not None]
+    assert sum(kept.steps.untyped_storage().nbytes() for kept in stored) == index.num_bytes
 
 
 def test_only_what_is_new_is_read(qr_mini: Any, lengths_read: list[int]) -> None:
@@ -223,6 +255,8 @@ def test_prefixes_of_some_documents(qr_mini: Any) -> None:
     assert [len(block.prefix(order)) for order in ([1, 4], [4, 1])] == [len(block.prefix([1, 4]))] * 2
     assert block.prefix([1, 4]).token_ids != block.prefix([4, 1]).token_ids
     assert joint.prefix().token_ids == joint.windows[0].prefix.token_ids
+    in_line = built(qr_mini, LAYOUTS[2], answers=True)
+    assert in_line.prefix([4, 1]).num_positions == len(block.prefix([4, 1]))  # one behind the other, as if alone
 
 
 # ---- what cannot be, and many at once
@@ -239,6 +273,9 @@ def test_what_cannot_be_says_so(qr_mini: Any, unchecked: None) -> None:
         (lambda: index.rank_batch(["who", " "]), "the query is empty"),
         (lambda: index.remove([0, 6]), "there is no document #6 among 6"),
         (lambda: index.remove([-1]), "there is no document #-1"),
+        (lambda: index.remove([0.5]), "pass a list of whole numbers"),
+        (lambda: index.remove(0), "pass a list of whole numbers"),
+        (lambda: index.rank("who", explain=True, max_spans=0), "max_spans must be at least 1"),
         (lambda: index.add([{"body": "no text"}]), "document #0 has no text"),
         (lambda: index.add("one"), "single document"),
         (lambda: index.prefix(), "answers=True"),
@@ -255,6 +292,41 @@ def test_what_cannot_be_says_so(qr_mini: Any, unchecked: None) -> None:
     with pytest.raises(WindowError, match="pass a shorter query"):
         small.rank("who " * 1000)
     assert repr(index).startswith("DocumentIndex(6 documents, 1 windows, ")
+
+
+def worded(name: str) -> Any:
+    """A tiny random model whose tokenizer takes words apart."""
+    from tokenizers.pre_tokenizers import WhitespaceSplit
+
+    from qr_integrations.backend import Backend
+    from tests.backend.measure import named, random_model, tiny_tokenizer
+
+    tokenizer = tiny_tokenizer()
+    tokenizer.backend_tokenizer.pre_tokenizer = WhitespaceSplit()
+    return Backend(random_model(named(name)), tokenizer, name=name)
+
+
+@pytest.mark.parametrize("layout", ["joint", "block"])
+@pytest.mark.parametrize("name", ["GPT-2", "Llama"])
+def test_a_query_beyond_the_window_is_not_read(name: str, layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from qr_integrations import DocumentIndex
+    from qr_integrations.errors import WindowError
+
+    index = DocumentIndex.build(["w1 w2", "w3 w4"], worded(name), heads=[(1, 0)], layout=layout)
+    monkeypatch.setattr(index.backend, "forward_branches", None)
+    with pytest.raises(WindowError, match="the window holds 128: pass a shorter query"):
+        index.rank_batch(["w5", "w5 " * 200])
+
+
+@pytest.mark.parametrize("layout", ["joint", "block"])
+def test_latent_keys_are_kept_whole(layout: str) -> None:
+    from qr_integrations import DocumentIndex, QRHeadReranker
+
+    backend, texts = worded("DeepSeek-V3"), ["w5 w6", "w7 w8 w9", "w3"]
+    options = {"heads": [(0, 0), (2, 1)], "refinements": {"layout": layout}}
+    index = DocumentIndex.build(texts[:2], QRHeadReranker(backend, **options))
+    index.add(texts[2:])
+    assert alike(index.rank("w5 w9"), QRHeadReranker(backend, **options).rank("w5 w9", texts))
 
 
 def test_models_that_keep_more_than_keys_and_values_say_so() -> None:

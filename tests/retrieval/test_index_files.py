@@ -11,6 +11,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pytest
 
 if TYPE_CHECKING:
@@ -179,6 +180,30 @@ def test_a_window_that_was_damaged_is_written_again(folder: Path, joint: "Docume
     path.write_bytes(path.read_bytes()[:-1] + b"?")
     joint.save(folder)
     assert answers(load(folder, qr_mini)) == answers(joint)
+
+
+def test_a_window_that_others_removed_meanwhile_is_written_again(
+    folder: Path, joint: "DocumentIndex", qr_mini: "Backend", monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from qr_integrations.retrieval import index_files
+
+    def read_and_lose(path: Path, *args: Any) -> Any:
+        piece = read(path, *args)
+        path.unlink()
+        return piece
+
+    read = index_files.read_piece
+    with monkeypatch.context() as losing:
+        losing.setattr(index_files, "read_piece", read_and_lose)
+        index = load(folder, qr_mini)
+    index.save(folder)
+    assert answers(load(folder, qr_mini)) == answers(joint)
+
+
+def test_limits_may_be_numbers_of_numpy(qr_mini: "Backend", tmp_path: Path, unchecked: None) -> None:
+    index = build(qr_mini, max_context_tokens=np.int64(300), max_doc_tokens=np.int32(24))
+    index.save(tmp_path / "index")
+    assert answers(load(tmp_path / "index", qr_mini)) == answers(index)
 
 
 def test_what_no_index_needs_is_removed(folder: Path, joint: "DocumentIndex", qr_mini: "Backend") -> None:

@@ -30,7 +30,10 @@ class Drawn:
             spans.append(Span(position, position + self.documents[number].shape[-1]))
             position = spans[-1].stop
         logits = torch.cat([self.common, *(self.documents[number] for number in numbers), self.tail], dim=-1)
-        return Shares.of(logits.softmax(-1)[..., :position], spans), spans
+        rows = logits.softmax(-1)
+        by_document = torch.stack([rows[..., span.slice()].sum(-1) for span in spans], dim=-1)
+        common = rows[..., :BEGINNING].sum(-1) + rows[..., position:].sum(-1)
+        return Shares(rows[..., :position].mean(1), by_document, common), spans
 
     def scaled(self, split: Sequence[Sequence[int]], **options: Any) -> dict[int, Tensor]:
         """Document -> its tokens' shares, by head."""

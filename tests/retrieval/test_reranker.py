@@ -123,6 +123,19 @@ def test_rank_batch_reads_equal_lists_once_wherever_they_stand(reranker: Any) ->
         assert scores(ranking) == pytest.approx(scores(reranker.rank(query, given)), abs=1e-6)
 
 
+def test_rank_batch_takes_lists_that_can_be_read_once(reranker: Any, unchecked: None) -> None:
+    batch = reranker.rank_batch(QUERIES[:2], [iter(DOCUMENTS), iter(DOCUMENTS[::-1])])
+    assert [len(ranking) for ranking in batch] == [4, 4]
+
+
+def test_scores_by_head_need_documents(reranker: Any) -> None:
+    from qr_integrations.errors import InputError
+
+    for score in (reranker.score_per_head, lambda query, given: reranker.score_subsets(query, given, [[0]])):
+        with pytest.raises(InputError, match="pass at least one"):
+            score(QUERIES[0], [])
+
+
 def test_async_runs_off_the_event_loop(reranker: Any) -> None:
     names: list[str] = []
 

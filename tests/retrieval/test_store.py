@@ -209,6 +209,18 @@ def test_never_more_bytes_than_allowed_and_the_least_used_go_first(qr_mini: "Bac
     assert counted(cache)[1] > before[1], "what was not, is not"
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_what_is_found_again_was_used_last(qr_mini: "Backend", layout: str) -> None:
+    cache = new_cache()
+    for texts in ([CATS], [DRACULA], [CATS]):
+        scores(qr_mini, texts, layout, cache)
+    cache.max_bytes = cache.stats().num_bytes
+    scores(qr_mini, ["Bees hum."], layout, cache)
+    before = counted(cache)
+    scores(qr_mini, [CATS], layout, cache)
+    assert counted(cache) == (before[0] + 1, before[1])
+
+
 def test_the_beginning_of_a_joint_list_stays_longest(qr_mini: "Backend", one_size: int) -> None:
     """What stands behind a gap is never found."""
     cache = new_cache(one_size // 2)

@@ -116,3 +116,12 @@ def test_a_document_of_100_000_words(qr_mini: Any, truncation: Any) -> None:
         assert longest.num_tokens_cut > 90_000
     else:  # read whole, in pieces
         assert longest.num_tokens_cut == 0 and longest.num_tokens > 90_000
+
+
+@pytest.mark.parametrize("value", [0, 512.5])
+def test_limits_are_whole_numbers(value: Any, unchecked: None) -> None:
+    from qr_integrations.errors import InputError
+    from qr_integrations.retrieval.windows import Limits
+
+    with pytest.raises(InputError, match="max_doc_tokens"):
+        Limits(max_doc_tokens=value)

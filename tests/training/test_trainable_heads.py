@@ -31,7 +31,7 @@ def test_scores_are_those_of_the_package_before_its_filter(qr_mini: Any, lists: 
     for judged in lists[:2]:
         read = judged.documents
         if cap is not None:
-            asked = reranker._query(judged.query, None)
+            asked = reranker.query(judged.query, None)
             limits = replace(reranker.limits, truncation="head", max_doc_tokens=cap)
             read = tuple(candidate.read for candidate in reranker.fit(asked, judged.documents, limits)[0])
             assert any(new.text != old.text for new, old in zip(read, judged.documents, strict=True))
