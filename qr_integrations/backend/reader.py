@@ -271,7 +271,7 @@ class Reader(OpenedModel):
         for at, head in heads:
             if at == prefix.top_layer and head // shared not in top.heads:
                 raise InputError(
-                    f"the prefix does not keep the keys that head {(at, head)} reads: read the text again for these heads"
+                    f"the prefix does not keep the keys that head {(at, head)} reads: prefill the text again for it"
                 )
 
     def _run_branches(self, state: BranchPass, branches: Sequence[Sequence[int]], prefix: Prefix) -> None:
