@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from qr_integrations.backend import Backend, Prefix, Trunk, Wanted, branches, cut, join, pack, reader
+from qr_integrations.backend import AttentionTap, Backend, Prefix, Trunk, Wanted, branches, cut, join, pack, reader
 from qr_integrations.errors import HeadError, InputError, MemoryLimitError
 from qr_integrations.types import Span
 from tests.backend.architectures import SUPPORTED, Architecture
