@@ -1,8 +1,9 @@
 """What can be measured side by side: each a name and scores for a list of documents.
 
 A system is asked for by a line: ``random``, ``retrieved``, ``bm25``, ``icr``, ``qr``, ``cross:PATH``, ``bi:PATH``;
-``icr`` and ``qr`` may have settings: ``qr:heads=all,layout=block``; ``qr:random=5,seed=1``, heads drawn at random, is a
-control. A comma ends a setting, so none can hold one.
+``icr`` and ``qr`` may have settings: ``qr:heads=all,layout=block``; ``qr:kept=int8`` ranks out of an index that keeps
+keys and values so; ``qr:random=5,seed=1``, heads drawn at random, is a control. A comma ends a setting, so none can
+hold one.
 """
 
 import math
