@@ -56,20 +56,18 @@ def windows_of(reranker: Any, documents: list[Any]) -> list[list[Any]]:
 def prompts(qr_mini: Any, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The lengths of all prompts that are read."""
     lengths: list[int] = []
-    branches, forward = type(qr_mini).forward_branches, type(qr_mini).forward
+    ways = {name: getattr(type(qr_mini), name) for name in ("forward_branches", "forward_branch_rows")}
 
-    def counted(self: Any, texts: Any, wanted: Any, *, prefix: Any, **kwargs: Any) -> Any:
-        if len(prefix) > 16:  # not the trial, once per model
-            lengths.extend(len(prefix) + len(text) for text in texts)
-        return branches(self, texts, wanted, prefix=prefix, **kwargs)
+    def counting(name: str) -> Any:
+        def counted(self: Any, texts: Any, wanted: Any, *, prefix: Any, **kwargs: Any) -> Any:
+            if len(prefix) > 16:  # not the trial, once per model
+                lengths.extend(len(prefix) + len(text) for text in texts)
+            return ways[name](self, texts, wanted, prefix=prefix, **kwargs)
 
-    def counted_alone(self: Any, token_ids: Any, *, prefix: Any = None, **kwargs: Any) -> Any:
-        if len(prefix or ()) > 16:
-            lengths.append(len(prefix or ()) + len(token_ids))
-        return forward(self, token_ids, prefix=prefix, **kwargs)
+        return counted
 
-    monkeypatch.setattr(type(qr_mini), "forward_branches", counted)
-    monkeypatch.setattr(type(qr_mini), "forward", counted_alone)
+    for name in ways:
+        monkeypatch.setattr(type(qr_mini), name, counting(name))
     return lengths
 
 
@@ -317,14 +315,20 @@ def test_without_calibration_scores_are_shares_among_rivals(qr_mini: Any) -> Non
     assert all(0.0 < item.score < 1.0 * len(ranker(qr_mini).heads.heads) for item in ranking)
 
 
-def test_heads_read_a_few_at_a_time_give_the_same(qr_mini: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_queries_asked_a_few_at_a_time_give_the_same(qr_mini: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from qr_integrations import DocumentIndex
     from qr_integrations.retrieval import window_scores
 
-    given = [*passages(7, 20), DRACULA]
-    at_once = ranker(qr_mini, icr=True, batch_size=4).rank(QUERY, given)
-    monkeypatch.setattr(window_scores, "_ROWS", 1)
-    apart = ranker(qr_mini, icr=True, batch_size=4).rank(QUERY, given)
-    assert scores_of(apart) == pytest.approx(scores_of(at_once), abs=1e-6)
+    queries = [QUERY, "which river flows through vienna", "what do cats do"]
+    index = DocumentIndex.build(
+        [*passages(7, 20), DRACULA], ranker(qr_mini, icr=True, batch_size=4, truncation="chunk")
+    )
+    assert len(index.windows) > 1
+    at_once = index.rank_batch(queries)
+    monkeypatch.setattr(window_scores, "_ROOM", 1)
+    for one, other in zip(at_once, index.rank_batch(queries), strict=True):
+        assert one.order == other.order
+        assert [item.score for item in one] == pytest.approx([item.score for item in other], abs=1e-6)
 
 
 @pytest.mark.usefixtures("unchecked")
