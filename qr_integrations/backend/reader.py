@@ -140,9 +140,12 @@ class Reader(OpenedModel):
             values: keep the top layer's values too.
 
         Raises:
+            InputError: no blocks, none in front of them, or blocks that leave something out.
             UnsupportedModelError: the model's layers are recurrent, or see fewer tokens back than there are.
         """
         token_ids = tuple(token_ids)
+        if not blocks or not blocks[0].start:
+            raise InputError("blocks stand behind a beginning: pass at least one token, then at least one block")
         beginning = self.prefill(token_ids[: blocks[0].start], top_layer=top_layer, values=values)
         return read_blocks(self._run, beginning, token_ids, blocks, self.config)
 

@@ -114,3 +114,10 @@ def test_a_window_that_is_too_short_is_an_error() -> None:
     ids = random_ids(window + 10)
     with pytest.raises(UnsupportedModelError, match="tokens back"):
         on.backend.prefill_blocks(ids, [Span(4, len(ids))], top_layer=on.top_layer)
+
+
+@pytest.mark.parametrize("blocks", [(), (Span(0, 5), Span(5, 18))])
+def test_blocks_need_something_in_front(blocks: tuple[Span, ...]) -> None:
+    on = bench(named("Llama"))
+    with pytest.raises(InputError, match="pass at least one token, then at least one block"):
+        on.backend.prefill_blocks(random_ids(TOTAL)[:STOP], blocks, top_layer=on.top_layer)
