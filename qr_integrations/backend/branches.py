@@ -95,16 +95,24 @@ class BranchPass(Pass):
         sums: ``[N, K, P]``, fp32.
         by_span: ``[K, S, M]``, fp32.
         new: layer -> keys and values of this pass's tokens.
+        owners: which tokens are whose.
+        visible: which tokens behind the prefix each new one sees.
     """
 
     def __init__(self, prefix: Prefix, trunk: Trunk | None, branches: Sequence[Span], wanted: Wanted) -> None:
         super().__init__(None, wanted.top_layer, 0)
         assert prefix.cache is not None
         self.layers: list[Any] = prefix.cache.layers
-        self.trunk, self.branches, self.heads = trunk, branches, wanted
+        self.trunk, self.heads = trunk, wanted
         self.new: dict[int, tuple[Tensor, Tensor]] = {}
         self.sums: Tensor = torch.zeros(len(branches), wanted.num_rows, len(prefix))
-        self.by_span: Tensor = torch.zeros(wanted.num_rows, branches[-1].stop, len(wanted.spans))
+        total = branches[-1].stop
+        self.by_span: Tensor = torch.zeros(wanted.num_rows, total, len(wanted.spans))
+        self.owners: Float[Tensor, "N S"] = torch.zeros(len(branches), total)  # 1 for a branch's own tokens
+        for owner, branch in zip(self.owners, branches, strict=True):
+            owner[branch.slice()] = 1.0
+        behind = torch.ones(total, len(trunk.token_ids) if trunk else 0)
+        self.visible: Bool[Tensor, "S T"] = torch.cat([behind, (self.owners.T @ self.owners).tril()], dim=1).bool()
 
     def cache(self) -> DynamicCache:
         """For the model's own forward pass."""
@@ -119,7 +127,8 @@ class BranchPass(Pass):
             raise UnsupportedModelError("a learned position bias is not read: ask one query at a time")
         layer = module.layer_idx
         self.new[layer] = key, value
-        self.sums, self.by_span = self.sums.to(query.device), self.by_span.to(query.device)
+        for name in ("sums", "by_span", "owners", "visible"):
+            setattr(self, name, getattr(self, name).to(query.device))
         is_top = layer == self.stop_after
         brought = self._gather(layer, query, key, None if is_top else value, kwargs)
         if brought is None:
@@ -136,7 +145,7 @@ class BranchPass(Pass):
         rows_GRD = rows_GRD.unflatten(0, (-1, shared)).flatten(1, 2)[groups]
         near_GTD = self._behind(layer, key, "keys")[groups]
         near_GRT = _capped(rows_GRD @ near_GTD.transpose(1, 2), kwargs.get("softcap"))
-        near_GRT.masked_fill_(~self._visible(query.device).repeat(shared, 1), -torch.inf)
+        near_GRT.masked_fill_(~self.visible.repeat(shared, 1), -torch.inf)
         near_lse = near_GRT.logsumexp(-1, keepdim=True)
         if (sinks := kwargs.get("s_aux")) is not None:
             sinks_GR1 = sinks.float().reshape(-1, shared, 1, 1).expand(-1, -1, query.shape[2], 1).flatten(1, 2)
@@ -158,29 +167,15 @@ class BranchPass(Pass):
             return new[0].float()
         return torch.cat([getattr(self.trunk, name)[layer][0].float(), new[0].float()], dim=1)
 
-    def _visible(self, device: torch.device) -> Bool[Tensor, "S T"]:
-        """Which tokens behind the prefix each new one sees."""
-        total = self.branches[-1].stop
-        visible = torch.zeros(total, total, dtype=torch.bool, device=device)
-        for branch in self.branches:
-            visible[branch.slice(), branch.slice()] = True
-        behind = len(self.trunk.token_ids) if self.trunk else 0
-        return torch.cat([visible.new_ones(total, behind), visible.tril()], dim=1)
-
     def _add_up(self, rows: slice, far_GRP: Tensor, share_GR1: Tensor, wanted: list[tuple[int, int, int]]) -> None:
         """Add this block of rows to the sums of their branches; `wanted` are (group, head of it, row of the result)."""
-        total = self.branches[-1].stop
-        owners = torch.zeros(len(self.branches), total, device=far_GRP.device)
-        for number, branch in enumerate(self.branches):
-            owners[number, branch.slice()] = 1.0
+        total = self.owners.shape[1]
         for group, head, place in wanted:
             start, stop = max(rows.start, head * total), min(rows.stop, (head + 1) * total)
             if start < stop:
-                here, mine = (
-                    slice(start - rows.start, stop - rows.start),
-                    slice(start - head * total, stop - head * total),
-                )
-                self.sums[:, place] += (owners[:, mine] * share_GR1[group, here, 0]) @ far_GRP[group, here]
+                here = slice(start - rows.start, stop - rows.start)
+                mine = slice(start - head * total, stop - head * total)
+                self.sums[:, place] += (self.owners[:, mine] * share_GR1[group, here, 0]) @ far_GRP[group, here]
                 if self.heads.spans:
                     self.by_span[place, mine] += share_GR1[group, here] * added_up(
                         far_GRP[group, here], self.heads.spans

@@ -52,15 +52,8 @@ class Piece:
 
     def own(self) -> "Piece":
         """The same in memory of its own."""
-        return self._each(Stored.own)
-
-    def to(self, device: torch.device) -> "Piece":
-        """On another device."""
-        return self._each(lambda stored: stored.to(device))
-
-    def _each(self, change: Callable[[Stored], Stored]) -> "Piece":
-        values = tuple(None if value is None else change(value) for value in self.values)
-        return Piece(self.token_ids, self.position, tuple(map(change, self.keys)), values)
+        values = tuple(None if value is None else value.own() for value in self.values)
+        return replace(self, keys=tuple(key.own() for key in self.keys), values=values)
 
 
 def cut(
@@ -181,9 +174,9 @@ def moved(piece: Piece, to: int, rotate: Rotate) -> Piece:
     return Piece(piece.token_ids, to, keys, piece.values)
 
 
-def in_line(pieces: Sequence[Piece], rotate: Rotate, *, start: int) -> list[Piece]:
-    """The pieces one behind the other from position `start` on."""
-    starts = accumulate(map(len, pieces), initial=start)
+def in_line(pieces: Sequence[Piece], rotate: Rotate) -> list[Piece]:
+    """The pieces one behind the other from position 0 on."""
+    starts = accumulate(map(len, pieces), initial=0)
     return [moved(piece, to, rotate) for piece, to in zip(pieces, starts, strict=False)]
 
 

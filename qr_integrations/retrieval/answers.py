@@ -117,7 +117,7 @@ def without_gaps(index: KeptDocuments, indices: Sequence[int]) -> Prefix:
     window = next(one for one in index.windows if any(candidate.index in indices for candidate in one.candidates))
     beginning, *pieces = cut(window.prefix, window.spans)
     kept = [piece for one, piece in zip(window.candidates, pieces, strict=True) if one.index in indices]
-    together = in_line([beginning, *kept], key_rotation(index.backend).moved, start=0)
+    together = in_line([beginning, *kept], key_rotation(index.backend).moved)
     return join(together, dtype=index.backend.model.dtype)
 
 

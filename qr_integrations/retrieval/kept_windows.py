@@ -10,7 +10,7 @@ from itertools import accumulate, pairwise
 
 import torch
 
-from qr_integrations.backend import KeptDtype, Piece, Prefix, cut, in_line, join, pack
+from qr_integrations.backend import KeptDtype, Piece, Prefix, cut, in_line, join, key_rotation, pack
 from qr_integrations.backend.blocks import check_reach
 from qr_integrations.retrieval.layout import PromptLayout, Query
 from qr_integrations.retrieval.reranker import AttentionReranker, Progress
@@ -135,7 +135,7 @@ class WindowReader:
         if self.blocks:
             check_reach(sum(map(len, pieces)), self.reranker.backend.config)
             if self.reranker.refinements.positions == "in_line":
-                pieces = in_line(pieces, self._scorer.rotation().moved, start=0)
+                pieces = in_line(pieces, key_rotation(self.reranker.backend).moved)
         return join(
             pieces,
             dtype=dtype,

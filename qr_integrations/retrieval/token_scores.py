@@ -14,7 +14,6 @@ from torch import Tensor
 
 from qr_integrations.backend import (
     Backend,
-    KeyRotation,
     Prefix,
     Trunk,
     Wanted,
@@ -168,17 +167,12 @@ class TokenScorer:
             return self.backend.prefill_blocks(shared, layout.blocks, top_layer=top_layer, values=whole)
         return self.backend.prefill(shared, top_layer=top_layer, reuse=reuse, values=whole, progress=progress)
 
-    def rotation(self) -> KeyRotation:
-        """What moves the model's keys to other positions."""
-        return key_rotation(self.backend)
-
     def _placed(self, prefix: Prefix) -> Prefix:
         """Blocks one behind the other, if they are to stand so."""
         if self.refinements.positions == "shared" or not prefix.blocks:
             return prefix
-        beginning, *pieces = cut(prefix, [Span(0, prefix.blocks[0].start), *prefix.blocks])
-        placed = in_line(pieces, self.rotation().moved, start=len(beginning))
-        return join([beginning, *placed], dtype=self.backend.model.dtype)
+        pieces = cut(prefix, [Span(0, prefix.blocks[0].start), *prefix.blocks])
+        return join(in_line(pieces, key_rotation(self.backend).moved), dtype=self.backend.model.dtype)
 
     def _of_reading(
         self, reading: Reading, queries: Sequence[Query], per_head: bool
