@@ -10,7 +10,8 @@ QRError
 │   ├── ClosedError                  used after close()
 │   ├── MemoryLimitError             a pass does not fit into memory
 │   └── ScoreError                   the model computed NaN
-└── MissingExtra (ImportError)       an optional dependency is not installed
+├── MissingExtra (ImportError)       an optional dependency is not installed
+└── Cancelled                        the caller called it off
 """
 
 
@@ -52,6 +53,10 @@ class MemoryLimitError(ModelError):
 
 class ScoreError(ModelError):
     """The model computed NaN or infinite attention."""
+
+
+class Cancelled(QRError):
+    """The caller called the work off."""
 
 
 class MissingExtra(QRError, ImportError):

@@ -8,6 +8,7 @@ from qr_integrations.backend.attention_tap import AttentionTap
 from qr_integrations.backend.backend import Backend
 from qr_integrations.backend.branches import Trunk, Wanted
 from qr_integrations.backend.identity import ModelIdentity
+from qr_integrations.backend.interruptions import interruptible
 from qr_integrations.backend.pieces import Piece, cut, in_line, join, moved, pack
 from qr_integrations.backend.prefix import Prefix
 from qr_integrations.backend.rotation import KeyRotation, key_rotation
@@ -27,6 +28,7 @@ __all__ = [
     "check_kept_dtype",
     "cut",
     "in_line",
+    "interruptible",
     "join",
     "key_rotation",
     "moved",

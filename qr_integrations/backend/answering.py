@@ -18,6 +18,7 @@ import torch
 from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 
 from qr_integrations.backend.behind_prefix import continued_behind, lay_out_behind, num_positions_behind
+from qr_integrations.backend.interruptions import interruptible
 from qr_integrations.backend.listening import Finite, Listener
 from qr_integrations.backend.memory import memory_advice
 from qr_integrations.backend.picture_reading import ReadPictures, continued_inputs
@@ -26,7 +27,7 @@ from qr_integrations.backend.prompts import Prompt, as_messages, check_num_visua
 from qr_integrations.backend.reader import Reader
 from qr_integrations.backend.surgery import prefill_pruned
 from qr_integrations.backend.visual_tokens import Pruner
-from qr_integrations.errors import InputError
+from qr_integrations.errors import Cancelled, InputError
 from qr_integrations.types import Answer, AnswerPiece, Message, Usage
 
 
@@ -204,13 +205,12 @@ def answer(
     steps: Steps,
     generation: Generation,
     emit: Callable[[str], None] | None = None,
-    gone: Callable[[], bool] = lambda: False,
 ) -> Answer:
-    """See `Backend.answer`; `emit` takes each piece of text as it comes, `gone` says that nobody waits any more."""
+    """See `Backend.answer`; `emit` takes each piece of text as it comes."""
     done: dict[str, Any] = {}
     seconds: dict[str, float] = {}
     conversation = as_messages(messages)
-    with backend.locked(lambda: _check_listener(gone)):
+    with backend.locked():
         read = None
         if steps.crop is not None and any(message.pictures for message in conversation):
             started = time.perf_counter()
@@ -218,7 +218,6 @@ def answer(
             conversation, done["crop"], read = cropped.messages, cropped.record, cropped.read
             del cropped
             seconds["crop"] = time.perf_counter() - started
-            _check_listener(gone)
         started = time.perf_counter()
         prompt = _lay_out(backend, conversation, steps, done)
         room = backend.max_tokens and backend.max_tokens - num_positions_behind(prompt, steps.prefix)
@@ -226,7 +225,9 @@ def answer(
         begun = _begin(backend, prompt, steps, read, config.num_beams)  # before what corrects every pass
         read = None  # the answer has its own copy
         done |= begun.record
-        listener = Listener(backend.tokenizer, len(begun.prompt), generation.stop, emit, gone)
+        listener = Listener(
+            backend.tokenizer, len(begun.prompt), generation.stop, emit, shares_model=not begun.is_pruned
+        )
         with begun.decoding, steps.deco.on(backend) if steps.deco is not None else nullcontext() as record:
             token_ids = _generate(backend, begun.prompt, begun.inputs, config, generation.seed, listener)
         seconds["generate"] = time.perf_counter() - started
@@ -270,6 +271,11 @@ class _Begun:
     record: Mapping[str, Any]
     decoding: AbstractContextManager[None]
 
+    @property
+    def is_pruned(self) -> bool:
+        """Whether layers hold tokens of their own, so that nothing else can be read meanwhile."""
+        return "prune" in self.record
+
 
 def _begin(backend: Reader, prompt: Prompt, steps: Steps, read: ReadPictures | None, num_beams: int) -> _Begun:
     """Read what is to be read before `generate`: with fewer tokens, or behind what was read before."""
@@ -285,15 +291,6 @@ def _begin(backend: Reader, prompt: Prompt, steps: Steps, read: ReadPictures | N
     inputs = prefilled.continued(num_beams)
     shorter = Prompt(prompt.messages, inputs, tuple(prefilled.token_ids[0].tolist()))
     return _Begun(shorter, inputs, {"prune": prefilled.record}, prefilled.decoding(backend))
-
-
-class _Gone(Exception):
-    """Nobody listens any more. Raised in the generation's own thread, and read by nobody."""
-
-
-def _check_listener(gone: Callable[[], bool]) -> None:
-    if gone():
-        raise _Gone
 
 
 def _generate(
@@ -367,11 +364,14 @@ def stream(
     pieces: queue.SimpleQueue[AnswerPiece | BaseException] = queue.SimpleQueue()
     closed = threading.Event()
 
+    def check_listener() -> None:
+        if closed.is_set():
+            raise Cancelled("nobody listens any more")
+
     def work() -> None:
         try:
-            whole = answer(
-                backend, messages, steps, generation, lambda delta: pieces.put(AnswerPiece(delta)), closed.is_set
-            )
+            with interruptible(check_listener):
+                whole = answer(backend, messages, steps, generation, lambda delta: pieces.put(AnswerPiece(delta)))
             pieces.put(AnswerPiece("", whole))
         except BaseException as error:  # goes to the caller, who waits for it
             pieces.put(error)

@@ -1,4 +1,4 @@
-"""Listens to a generation while it runs: pieces of text, stop sequences, and a listener who has gone."""
+"""Listens to a generation while it runs: pieces of text, stop sequences, and what may interrupt it."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessor, PreTrainedTokenizerBase, StoppingCriteria
 
+from qr_integrations.backend.interruptions import check_interruption, let_others_in
 from qr_integrations.errors import ScoreError
 
 _UNFINISHED = "\ufffd"  # what a tokenizer writes for the first bytes of a character
@@ -32,14 +33,14 @@ class Finite(LogitsProcessor):
 
 
 class Listener(StoppingCriteria):
-    """Is called after each token; ends the generation at a stop sequence, or when `gone` says that nobody listens.
+    """Is called after each token; ends the generation at a stop sequence, or when it is called off.
 
     Args:
         tokenizer: the model's.
         start: where the answer begins, in tokens.
         stop: texts that end the answer and do not belong to it.
         emit: takes each new piece of the text; what may be the beginning of a stop sequence waits.
-        gone: whether to give up.
+        shares_model: let others use the model between two tokens, see `interruptible`.
     """
 
     def __init__(
@@ -48,22 +49,27 @@ class Listener(StoppingCriteria):
         start: int,
         stop: Sequence[str],
         emit: Callable[[str], None] | None = None,
-        gone: Callable[[], bool] = lambda: False,
+        *,
+        shares_model: bool = True,
     ) -> None:
-        self._tokenizer, self._start, self._stop, self._emit, self._gone = tokenizer, start, tuple(stop), emit, gone
+        self._tokenizer, self._start, self._stop, self._emit = tokenizer, start, tuple(stop), emit
+        self._shares_model = shares_model
         self._sent = ""
         self.first_token_at: float | None = None
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
         """Whether each row is over, ``[B]``; only a single row is sent piece by piece."""
         self.first_token_at = self.first_token_at or time.perf_counter()
-        over = torch.full((len(input_ids),), self._gone(), dtype=torch.bool)
+        over = torch.zeros(len(input_ids), dtype=torch.bool)
         if self._emit is not None or self._stop:
             for row, tokens in enumerate(input_ids[:, self._start :]):
                 text, stopped = self.read(tokens)
                 over[row] |= stopped
                 if len(input_ids) == 1:
                     self._send(text if stopped else text[: len(text) - self._held(text)])
+        check_interruption()
+        if self._shares_model and not bool(over.all()):
+            let_others_in()
         return over.to(input_ids.device)
 
     def read(self, token_ids: Tensor) -> tuple[str, bool]:

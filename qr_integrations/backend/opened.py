@@ -1,7 +1,7 @@
 """A model on its device, with what the package asks of it: its parts, its attention layers, its chat format."""
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from typing import Any
@@ -14,6 +14,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 
 from qr_integrations.backend.attention_tap import AttentionLayer, survey_attention
 from qr_integrations.backend.families import ChatPieces, published_pieces, template_pieces
+from qr_integrations.backend.interruptions import check_interruption, may_be_interrupted
 from qr_integrations.backend.prefix import Continuation
 from qr_integrations.errors import ClosedError, HeadError, InputError, LoadError, UnsupportedModelError
 
@@ -144,11 +145,11 @@ class OpenedModel:
         return published_pieces(self.config, self.tokenizer) or template_pieces(self.tokenizer)
 
     @contextmanager
-    def locked(self, give_up: Callable[[], None] | None = None) -> Iterator[None]:
-        """Hold the model: no other thread's pass runs meanwhile. `give_up` is called while waiting, and may raise."""
-        while not self._lock.acquire(timeout=_PATIENCE if give_up else -1):
-            assert give_up is not None
-            give_up()
+    def locked(self) -> Iterator[None]:
+        """Hold the model: no other thread's pass runs meanwhile. See `interruptible` for giving up instead."""
+        check_interruption()
+        while not self._lock.acquire(timeout=_PATIENCE if may_be_interrupted() else -1):
+            check_interruption()
         try:
             yield
         finally:

@@ -8,7 +8,7 @@ from typing import Any
 
 from qr_integrations.errors import InputError
 from qr_integrations.evaluation.reading import identifier, read_lines
-from qr_integrations.retrieval.reranker import as_documents
+from qr_integrations.retrieval.given import as_documents
 from qr_integrations.types import Document, JudgedList
 
 _SHAPE = (
@@ -29,16 +29,28 @@ def read_lists(path: str | Path) -> Iterator[JudgedList]:
         InputError: names file and line, and what a line must look like.
     """
     for number, line in read_lines(path, "a JSONL file of lists"):
-        yield _list(f"{path}, line {number}", line, number)
+        yield list_of_line(f"{path}, line {number}", line, number)
 
 
-def _list(where: str, line: str, number: int) -> JudgedList:
+def list_of_line(where: str, line: str, number: int, *, judged: bool = True) -> JudgedList:
+    """The list in a line that `read_lists` would read.
+
+    Args:
+        where: names file and line, for messages.
+        line: without its end.
+        number: of the line; the question's id where it has none.
+        judged: what is relevant must stand there; else it may be left out.
+
+    Raises:
+        InputError: says where, and what a line must look like.
+    """
     try:
         entry: dict[str, Any] = json.loads(line)
         query = entry.get("query", entry.get("question"))
         if not isinstance(query, str) or not query.strip():
             raise TypeError("no query")
-        return JudgedList(query, _documents(entry["documents"]), _relevance(entry), id=str(entry.get("id", number)))
+        relevance = _relevance(entry) if judged or not {"gold", "relevance"}.isdisjoint(entry) else {}
+        return JudgedList(query, _documents(entry["documents"]), relevance, id=str(entry.get("id", number)))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{where}: no list ({error}): write {_SHAPE}") from error
 

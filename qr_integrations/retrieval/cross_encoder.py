@@ -8,7 +8,8 @@ from jaxtyping import Float
 from torch import Tensor, tensor
 
 from qr_integrations.errors import InputError
-from qr_integrations.retrieval.reranker import AttentionReranker, DocumentLike
+from qr_integrations.retrieval.given import DocumentLike
+from qr_integrations.retrieval.reranker import AttentionReranker
 
 Pair = Sequence[str]
 

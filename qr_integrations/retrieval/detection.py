@@ -231,8 +231,7 @@ class HeadDetector:
         Raises:
             InputError: no lists, a list without relevant or without other documents, or a `state` of another run.
         """
-        heads = self._reranker.heads.heads
-        run = _Run(self._identity(), np.zeros((len(OBJECTIVES), 2, len(heads))))
+        run = _Run(self.identity(), np.zeros((len(OBJECTIVES), 2, len(self.heads))))
         done = run.resume(Path(state)) if state and Path(state).exists() else 0
         chain = ""
         for number, judged in enumerate(lists):
@@ -241,7 +240,7 @@ class HeadDetector:
                 if number == done - 1 and chain != run.chain:
                     raise InputError(f"{str(state)!r} was made with other lists: remove it, or pass the same ones")
                 continue
-            run.add(self._scores(number, judged), chain)
+            run.add(self.scores(number, judged), chain)
             if state and run.done % _SAVE_EVERY == 0:
                 run.save(Path(state))
             if progress:
@@ -253,14 +252,19 @@ class HeadDetector:
         if state:
             Path(state).unlink(missing_ok=True)
         sums: dict[str, list[list[float]]] = {name: run.sums[i].tolist() for i, name in enumerate(OBJECTIVES)}
-        return Detection(heads, sums, ((run.done + 1) // 2, run.done // 2), {**self._identity(), "data": data})
+        return Detection(self.heads, sums, ((run.done + 1) // 2, run.done // 2), {**self.identity(), "data": data})
 
-    def _identity(self) -> dict[str, Any]:
-        """What a half-done run must share with the one that goes on with it."""
+    @property
+    def heads(self) -> tuple[Head, ...]:
+        """Those that are scored."""
+        return self._reranker.heads.heads
+
+    def identity(self) -> dict[str, Any]:
+        """What a half-done run must share with the one that goes on with it; JSON can hold it."""
         return {
             "model": self.backend.name,
             "revision": (self.backend.load_arguments or {}).get("revision"),
-            "num_heads": len(self._reranker.heads),
+            "num_heads": len(self.heads),
             "seed": self.seed,
             "temperature": self.temperature,
             "options": {name: self._options[name] for name in sorted(self._options)},
@@ -268,8 +272,16 @@ class HeadDetector:
             "versions": {"qr-integrations": __version__} | {name: version(name) for name in ("torch", "transformers")},
         }
 
-    def _scores(self, number: int, judged: JudgedList) -> Float[np.ndarray, "objective K"]:
-        """All objectives on one list, its documents in an order of their own."""
+    def scores(self, number: int, judged: JudgedList) -> Float[np.ndarray, "objective K"]:
+        """All heads on one list, its documents in an order of their own; one row for each of `OBJECTIVES`.
+
+        Args:
+            number: of the list, from 0; the order follows from it and from the seed.
+            judged: the list.
+
+        Raises:
+            InputError: no relevant or no other documents, or what `AttentionReranker.score_per_head` cannot score.
+        """
         order = list(range(len(judged.documents)))
         Random(f"{self.seed}-{number}").shuffle(order)
         gold = [place for place, document in enumerate(order) if judged.relevance.get(document, 0) > 0]

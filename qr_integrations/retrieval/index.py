@@ -18,21 +18,15 @@ from torch import Tensor
 from qr_integrations.backend import Backend, KeptDtype, Prefix, check_kept_dtype, cut
 from qr_integrations.errors import InputError, WindowError
 from qr_integrations.retrieval.answers import answer
+from qr_integrations.retrieval.entrants import entrants, explained_only, num_explained
+from qr_integrations.retrieval.given import DocumentLike, as_documents, check_query
 from qr_integrations.retrieval.index_files import IndexContents, read_index, write_index
 from qr_integrations.retrieval.kept_windows import Told, Window, WindowReader
 from qr_integrations.retrieval.layout import PromptLayout, Query
 from qr_integrations.retrieval.merging import best_of_all
 from qr_integrations.retrieval.qrhead import QRHeadReranker
 from qr_integrations.retrieval.refinements import Refinements
-from qr_integrations.retrieval.reranker import (
-    AttentionReranker,
-    DocumentLike,
-    Progress,
-    as_documents,
-    check_query,
-    entrants,
-    explained_only,
-)
+from qr_integrations.retrieval.reranker import AttentionReranker, Progress
 from qr_integrations.types import Document, GroundedAnswer, Ranking, ScoredDocument
 
 _TOGETHER = 32  # queries at a time: the prompt and the scores of each are as long as the documents
@@ -195,7 +189,7 @@ class DocumentIndex:
         self._check_lengths(windows, asked)
         one_scale = self.reranker.limits.merge != "raw"
         readings = [window.reading for window in windows]
-        explained = int(explain) if explain is not True else top_k or sum(len(w.candidates) for w in windows)
+        explained = num_explained(explain, top_k, sum(len(w.candidates) for w in windows))
         rankings = []
         for start in range(0, len(asked), _TOGETHER):
             some = asked[start : start + _TOGETHER]

@@ -15,8 +15,8 @@ from typing import Any, Literal
 
 from qr_integrations.backend import Backend
 from qr_integrations.errors import InputError
+from qr_integrations.retrieval.given import check_query
 from qr_integrations.retrieval.index import DocumentIndex
-from qr_integrations.retrieval.reranker import check_query
 from qr_integrations.retrieval.turns import Moment, Turn, TurnFilter, TurnLike, as_moment, is_earlier
 from qr_integrations.types import Ranking
 

@@ -6,6 +6,7 @@ documents -> windows that fit -> token scores -> document scores -> `Ranking`
 import asyncio
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,8 @@ from torch import Tensor, stack
 from qr_integrations.backend import Backend
 from qr_integrations.backend.memory import free_memory
 from qr_integrations.errors import InputError, MemoryLimitError, WindowError
-from qr_integrations.retrieval.explain import attended_words, strongest_spans
+from qr_integrations.retrieval.entrants import entrants, explained_only, num_explained, words_of
+from qr_integrations.retrieval.given import DocumentLike, as_documents, check_query
 from qr_integrations.retrieval.heads import HeadSet
 from qr_integrations.retrieval.layout import PromptLayout, PromptStyle, Query
 from qr_integrations.retrieval.merging import Entrant, behind_the_final, best_of_all, finalists
@@ -30,7 +32,6 @@ from qr_integrations.types import Document, Ranking, ScoredDocument, ScoredSpan
 
 _log = logging.getLogger(__name__)
 _LEAST_WINDOW = 512  # tokens; where a shorter prompt does not fit into memory, nothing will
-DocumentLike = str | Document | Mapping[str, Any]
 Progress = Callable[[int, int], None]
 
 
@@ -95,6 +96,8 @@ class AttentionReranker:
         instruction: str | None = None,
         explain: bool | int = False,
         max_spans: int | None = 3,
+        truncation: Truncation | None = None,
+        max_doc_tokens: int | None = None,
         progress: Progress | None = None,
     ) -> Ranking:
         """Order `documents` by how much the query looks at them.
@@ -108,6 +111,7 @@ class AttentionReranker:
             explain: find the `spans` of each returned document, from the scores that rank it; a number: of the best so
                 many only.
             max_spans: the strongest so many per document; None for all.
+            truncation, max_doc_tokens: instead of the reranker's own.
             progress: called with the prompts done and the prompts in all; there are several where the documents do not
                 fit into one.
 
@@ -128,9 +132,9 @@ class AttentionReranker:
             raise InputError(f"max_spans must be at least 1, got {max_spans}: pass None for all spans")
         if not given:
             return Ranking(query, ())
-        explained = int(explain) if explain is not True else top_k or len(given)
+        explained = num_explained(explain, top_k, len(given))
         job = _Job(self.query(query, instruction), explained, max_spans)
-        limits = self.limits
+        limits = self._limits(truncation, max_doc_tokens)
         notes: tuple[str, ...] = ()
         while True:
             windows = self.fit(job.query, given, limits)
@@ -148,9 +152,16 @@ class AttentionReranker:
             free_memory()
 
     def rank_batch(
-        self, queries: Sequence[str], documents: Sequence[Sequence[DocumentLike]], top_k: int | None = None
+        self,
+        queries: Sequence[str],
+        documents: Sequence[Sequence[DocumentLike]],
+        top_k: int | None = None,
+        **options: Any,
     ) -> list[Ranking]:
-        """One ranking per query, over its own list of documents. Equal lists are read once, wherever they stand.
+        """One ranking per query, over its own list of documents.
+
+        Lists with equal texts are read once, wherever they stand, and the queries over them go through the model
+        together where one prompt holds them. `options` are those of `rank`.
 
         Raises:
             InputError: not as many lists as queries; and what `rank` raises.
@@ -161,8 +172,54 @@ class AttentionReranker:
         groups: dict[Contents, list[int]] = {}
         for i, given in enumerate(lists):
             groups.setdefault(contents(given), []).append(i)
-        rankings = {i: self.rank(queries[i], lists[i], top_k) for group in groups.values() for i in group}
+        rankings: dict[int, Ranking] = {}
+        for group in groups.values():
+            asked = [(queries[i], lists[i]) for i in group]
+            rankings.update(zip(group, self._rank_group(asked, top_k, options), strict=True))
         return [rankings[i] for i in range(len(queries))]
+
+    def _rank_group(
+        self, asked: Sequence[tuple[str, list[Document]]], top_k: int | None, options: Mapping[str, Any]
+    ) -> list[Ranking]:
+        """Queries over lists with equal texts."""
+        if len(asked) > 1 and asked[0][1]:
+            with suppress(MemoryLimitError):
+                if together := self._rank_together(asked, top_k, **options):
+                    return together
+        return [self.rank(query, given, top_k, **options) for query, given in asked]
+
+    def _rank_together(
+        self,
+        asked: Sequence[tuple[str, list[Document]]],
+        top_k: int | None,
+        *,
+        instruction: str | None = None,
+        explain: bool | int = False,
+        max_spans: int | None = 3,
+        truncation: Truncation | None = None,
+        max_doc_tokens: int | None = None,
+    ) -> list[Ranking]:
+        """In one pass; nothing where they do not all fit into the same single prompt."""
+        for query, _ in asked:
+            check_query(query, top_k)
+        limits = self._limits(truncation, max_doc_tokens)
+        queries = [self.query(query, instruction) for query, _ in asked]
+        fitted = [self.fit(query, given, limits) for query, (_, given) in zip(queries, asked, strict=True)]
+        read = [[candidate.read for candidate in windows[0]] for windows in fitted]
+        if any(len(windows) > 1 for windows in fitted) or len({contents(some) for some in read}) > 1:
+            return []
+        explained = num_explained(explain, top_k, len(asked[0][1]))
+        scored = self.scorer.score_batch(queries, read[0])
+        return [
+            Ranking(query.text, tuple(e.item for e in found)).top(top_k)
+            for query, windows, (layout, scores_KT) in zip(queries, fitted, scored, strict=True)
+            if (found := entrants(windows[0], layout, scores_KT, 0, explained=explained, max_spans=max_spans))
+        ]
+
+    def _limits(self, truncation: Truncation | None, max_doc_tokens: int | None) -> Limits:
+        """The reranker's own, but for what a call says."""
+        given: dict[str, Any] = {"truncation": truncation, "max_doc_tokens": max_doc_tokens}
+        return replace(self.limits, **{name: value for name, value in given.items() if value is not None})
 
     async def arank(
         self, query: str, documents: Sequence[DocumentLike], top_k: int | None = None, **options: Any
@@ -171,10 +228,14 @@ class AttentionReranker:
         return await asyncio.to_thread(self.rank, query, documents, top_k, **options)
 
     async def arank_batch(
-        self, queries: Sequence[str], documents: Sequence[Sequence[DocumentLike]], top_k: int | None = None
+        self,
+        queries: Sequence[str],
+        documents: Sequence[Sequence[DocumentLike]],
+        top_k: int | None = None,
+        **options: Any,
     ) -> list[Ranking]:
         """`rank_batch` in a worker thread, off the event loop."""
-        return await asyncio.to_thread(self.rank_batch, queries, documents, top_k)
+        return await asyncio.to_thread(self.rank_batch, queries, documents, top_k, **options)
 
     def score_per_head(self, query: str, documents: Sequence[DocumentLike]) -> Float[Tensor, "K N"]:
         """Score every document by every head alone (equation 4, the detection path), in the given order.
@@ -295,99 +356,5 @@ class AttentionReranker:
         return final + behind_the_final(heats, final)
 
 
-def explained_only(items: Sequence[ScoredDocument], count: int) -> list[ScoredDocument]:
-    """Spans for the first `count` only: in the prompts before the last, others stood first."""
-    return [replace(item, spans=()) if item.spans and place >= count else item for place, item in enumerate(items)]
-
-
-def entrants(
-    candidates: Sequence[Candidate],
-    layout: PromptLayout,
-    scores_KT: Float[Tensor, "K T"],
-    window: int,
-    *,
-    explained: int = 0,
-    max_spans: int | None = None,
-) -> list[Entrant]:
-    """The documents of one prompt, best first; of one in several pieces, the best. Ties keep their order.
-
-    Args:
-        candidates: as they stand in the prompt.
-        layout, scores_KT: its layout and the calibrated scores of its tokens.
-        window: its number.
-        explained: so many get spans, the strongest `max_spans` each.
-    """
-    scores = score_documents(scores_KT, layout.documents).tolist()
-    best: dict[int, int] = {}  # document -> place of its best piece in the prompt
-    for place in sorted(range(len(scores)), key=lambda place: -scores[place]):
-        best.setdefault(candidates[place].index, place)
-    found: list[Entrant] = []
-    for index, place in best.items():
-        piece = candidates[place]
-        words = words_of(layout, scores_KT, place, piece) if len(found) < explained else []
-        spans = tuple(strongest_spans(piece.given.text, words, max_spans))
-        tokens, cut = piece.document_tokens, piece.num_tokens_cut
-        found.append(Entrant(piece, ScoredDocument(index, scores[place], piece.given, tokens, cut, window, spans)))
-    return found
-
-
-def words_of(layout: PromptLayout, scores_KT: Float[Tensor, "K T"], place: int, piece: Candidate) -> list[ScoredSpan]:
-    """The words of a document in the prompt, by their characters in the text that the caller gave."""
-    read = layout.text[layout.texts[place].slice()]
-    shift = piece.start + piece.read.text.index(read)  # a prompt may leave out white space at the ends
-    moved = [word.moved(shift) for word in attended_words(layout, scores_KT, place)]
-    body = piece.given.body
-    return [w for w in moved if body is None or (body.start <= w.span.start and w.span.stop <= body.stop)]
-
-
-def as_documents(documents: Sequence[DocumentLike]) -> list[Document]:
-    """What a caller may pass, as `Document`s.
-
-    Raises:
-        InputError: names the first entry that is none.
-    """
-    if isinstance(documents, str | Mapping | Document):
-        raise InputError("documents is a single document: pass a list of them")
-    return [_as_document(index, document) for index, document in enumerate(documents)]
-
-
-def _as_document(index: int, given: DocumentLike) -> Document:
-    document: Any = given
-    if isinstance(given, str):
-        document = Document(given)
-    elif isinstance(given, Mapping) and "text" in given:
-        document = Document(**{name: given[name] for name in ("text", "title", "id", "metadata") if name in given})
-    good = isinstance(document, Document) and isinstance(document.text, str) and isinstance(document.title, str | None)
-    if not good:
-        raise InputError(
-            f"document #{index} has no text: pass a string, a Document, or a mapping with 'text' (and 'title')"
-        )
-    _check_encodes(f"document #{index}", document.text + (document.title or ""))
-    return document
-
-
-def _check_encodes(what: str, text: str) -> None:
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise InputError(
-            f"{what} holds half a character ({text[error.start]!r} at {error.start}): pass it after "
-            "text.encode('utf-16', 'surrogatepass').decode('utf-16', 'replace')"
-        ) from error
-
-
 def _silent(done: int, total: int) -> None:
     pass
-
-
-def check_query(query: str, top_k: int | None) -> None:
-    """Something is asked, and something wanted.
-
-    Raises:
-        InputError: no query, half a character in it, or no document wanted.
-    """
-    if not isinstance(query, str) or not query.strip():
-        raise InputError(f"the query is empty ({query!r}): pass what is asked as a string")
-    _check_encodes("the query", query)
-    if top_k is not None and top_k < 1:
-        raise InputError(f"top_k must be at least 1, got {top_k}: pass None for all documents")

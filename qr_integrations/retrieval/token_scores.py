@@ -106,21 +106,35 @@ class TokenScorer:
 
         `per_head=False` sums over the heads, K is 1.
         """
+        return self.score_batch([query], documents, per_head=per_head)[0]
+
+    def score_batch(
+        self, queries: Sequence[Query], documents: Sequence[Document], *, per_head: bool = False
+    ) -> list[tuple[PromptLayout, Float[Tensor, "K _"]]]:
+        """As `score`, for several queries, which go through the model together."""
         if self.refinements.orders == 1:
-            layout, scores_KT = self._score(query, documents, per_head)
+            found = self._score(queries, documents, per_head)
         else:
             orders = orders_of(documents, self.refinements.orders)
-            read = [self._score(query, [documents[i] for i in order], per_head) for order in orders]
-            layout, scores_KT = average_orders([one for one, _ in read], [scores for _, scores in read], orders)
-        return layout, self._weighted(layout, query, scores_KT)
+            by_order = [self._score(queries, [documents[i] for i in order], per_head) for order in orders]
+            found = [
+                average_orders([one for one, _ in read], [scores for _, scores in read], orders)
+                for read in zip(*by_order, strict=True)
+            ]
+        return [
+            (layout, self._weighted(layout, query, scores_KT))
+            for query, (layout, scores_KT) in zip(queries, found, strict=True)
+        ]
 
-    def _score(self, query: Query, documents: Sequence[Document], per_head: bool) -> tuple[PromptLayout, Tensor]:
+    def _score(
+        self, queries: Sequence[Query], documents: Sequence[Document], per_head: bool
+    ) -> list[tuple[PromptLayout, Tensor]]:
         """The documents read in one order."""
         reading = self._recall(documents)
         self.read(reading)
         with self._lock:
             self._trim()
-        return self._of_reading(reading, [query], per_head)[0]
+        return self._of_reading(reading, queries, per_head)
 
     def lay_out(self, documents: Sequence[Document], known: Reading | None = None) -> Reading:
         """A prompt over documents, not yet read; the caller keeps it. `known` is one over the first of them."""

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 import torch
 
-from qr_integrations.backend import Backend, answering
+from qr_integrations.backend import Backend, interruptible
 from qr_integrations.cropping.vicrop import ViCrop
 from qr_integrations.decoding import DeCo
-from qr_integrations.errors import ClosedError, InputError, ScoreError, WindowError
+from qr_integrations.errors import Cancelled, ClosedError, InputError, ScoreError, WindowError
 from qr_integrations.types import Answer, Message
 from tests.backend.seeing import (
     OTHER,
@@ -417,6 +417,10 @@ def test_a_stream_in_a_thread_that_holds_the_model_is_refused() -> None:
     assert not opened.held
 
 
+def give_up() -> None:
+    raise Cancelled("gone")
+
+
 def test_who_is_gone_does_not_wait_for_the_model() -> None:
     opened, locked, done = backend("llava"), threading.Event(), threading.Event()
 
@@ -429,8 +433,8 @@ def test_who_is_gone_does_not_wait_for_the_model() -> None:
     holder.start()
     locked.wait(30)
     try:
-        with pytest.raises(answering._Gone):
-            answering.answer(opened, "What?", answering.Steps(), answering.Generation(), gone=lambda: True)
+        with pytest.raises(Cancelled), interruptible(give_up):
+            opened.answer("What?")
         assert holder.is_alive()
     finally:
         done.set()

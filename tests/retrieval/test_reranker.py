@@ -194,7 +194,7 @@ def test_an_exception_in_the_middle_leaves_everything_as_it_was(qr_mini: Any) ->
 def test_equal_documents_stay_apart_and_ties_keep_their_order(reranker: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     twice = reranker.rank(QUERIES[0], [DOCUMENTS[1], DOCUMENTS[0], DOCUMENTS[1]])
     assert sorted(twice.order) == [0, 1, 2] and set(twice.order[:2]) == {0, 2}
-    monkeypatch.setattr("qr_integrations.retrieval.reranker.score_documents", lambda *_: torch.zeros(4))
+    monkeypatch.setattr("qr_integrations.retrieval.entrants.score_documents", lambda *_: torch.zeros(4))
     assert reranker.rank(QUERIES[0], DOCUMENTS).order == [0, 1, 2, 3]
 
 
