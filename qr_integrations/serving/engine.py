@@ -1,0 +1,303 @@
+"""Does the work in this process: models, a queue for each, and the store of keys and values that all requests share."""
+
+import asyncio
+import logging
+import time
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, TypeVar
+
+from qr_integrations.backend import Backend
+from qr_integrations.chatting import ChatSettings
+from qr_integrations.reranking import RerankSettings
+from qr_integrations.retrieval.token_scores import contents
+from qr_integrations.serving.model_queue import KINDS, Job, Kind, ModelQueue, too_late
+from qr_integrations.serving.refusals import NotReady, TooLarge, UnknownModel
+from qr_integrations.serving.settings import ServerSettings
+from qr_integrations.serving.work import ChatWork, HeatMap, ModelCard, Ranked, RankWork, Said, State
+from qr_integrations.types import Answer, Ranking
+
+_log = logging.getLogger(__name__)
+_LOADING = 5.0  # seconds after which it is worth asking again
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class _Served:
+    """A model, what it is used with, and its queue."""
+
+    card: ModelCard
+    backend: Backend
+    queue: ModelQueue
+    ranking: RerankSettings | None
+    chatting: ChatSettings
+
+
+class LocalEngine:
+    """An `Engine` with models in this process.
+
+    Every model has one thread and a `ModelQueue`. Rankings over the same documents that wait at the same time go
+    through the model together. Nothing of a request that is called off stays behind.
+
+    Args:
+        settings: which models, and how much is let in.
+    """
+
+    def __init__(self, settings: ServerSettings) -> None:
+        self.settings = settings
+        self.failure: Exception | None = None
+        self._state: State = "loading"
+        self._served: dict[str, _Served] = {}
+        self._loading: asyncio.Task[None] | None = None
+
+    @property
+    def state(self) -> State:
+        """Whether there is work to be had."""
+        return self._state
+
+    async def start(self) -> None:
+        """Begin to load the models; `state` tells when they are there, or, with `failure`, that they are not."""
+        if self._loading is None:
+            self._loading = asyncio.ensure_future(self._load())
+
+    async def stop(self, grace: float) -> None:
+        """Refuse new work, finish what there is within `grace` seconds, call off the rest."""
+        self._state = "draining"
+        if self._loading is not None:
+            await asyncio.gather(self._loading, return_exceptions=True)
+        stopping = [asyncio.to_thread(queue.stop, grace) for queue in self._queues()]
+        await asyncio.gather(*stopping)
+        for served in self._served.values():
+            if served.ranking is not None and served.ranking.cache is not None:
+                await asyncio.to_thread(served.ranking.cache.flush)
+
+    async def models(self) -> tuple[ModelCard, ...]:
+        """What is served; empty while nothing is loaded."""
+        return tuple(served.card for served in self._served.values())
+
+    async def rank(self, work: RankWork) -> Ranked:
+        """Rank documents.
+
+        Raises:
+            TooLarge: more documents or tokens than the settings let in.
+            Refused: not now.
+            InputError, WindowError, ModelError: as `AttentionReranker.rank`.
+        """
+        self._check_state()
+        if len(work.documents) > self.settings.max_documents:
+            raise TooLarge(
+                f"{len(work.documents):,} documents, at most {self.settings.max_documents:,} are taken: send fewer, or "
+                "raise --max-documents"
+            )
+        served = next(one for one in self._served.values() if one.ranking is not None)
+        how = (work.instruction, work.explain, work.max_spans, work.max_doc_tokens, work.truncate)
+        group = (contents(work.documents), how)
+        ranked: Ranked = await self._done(served, "rank", partial(self._rank_all, served), work, group)
+        return ranked
+
+    async def chat(self, work: ChatWork) -> Said:
+        """Answer a conversation.
+
+        Raises:
+            UnknownModel: no such model answers.
+            Refused: not now.
+            InputError, WindowError, ModelError: as `ChatSettings.give_answer`.
+        """
+        served = self._chatting(work)
+
+        def run(works: Sequence[ChatWork]) -> list[Said]:
+            answers = [served.chatting.give_answer(one.messages, one.settings) for one in works]
+            return [_said(served.chatting, one, answer) for one, answer in zip(works, answers, strict=True)]
+
+        said: Said = await self._done(served, "chat", run, work, None)
+        return said
+
+    async def stream(self, work: ChatWork) -> AsyncIterator[str | Said]:
+        """As `chat`, piece by piece; the last thing is the whole. Closing the iterator calls the work off."""
+        served = self._chatting(work)
+        loop = asyncio.get_running_loop()
+        pieces: asyncio.Queue[str | Said | None] = asyncio.Queue()
+
+        def tell(piece: str | Said | None) -> None:
+            if not loop.is_closed():
+                loop.call_soon_threadsafe(pieces.put_nowait, piece)
+
+        def run(works: Sequence[ChatWork]) -> list[None]:
+            for piece in served.chatting.stream_answer(works[0].messages, works[0].settings):
+                tell(piece.delta if piece.answer is None else _said(served.chatting, works[0], piece.answer))
+            return [None]
+
+        job = self._submitted(served, "chat", run, work, None)
+        job.result.add_done_callback(lambda _: tell(None))
+        try:
+            while (piece := await asyncio.wait_for(pieces.get(), _seconds_left(job))) is not None:
+                yield piece
+            if not job.result.cancelled():
+                job.result.result()
+        except TimeoutError:
+            raise too_late() from None
+        finally:
+            served.queue.cancel(job)
+
+    def stats(self) -> dict[str, Any]:
+        """What is going on, read without waiting.
+
+        ``"queue_depth"``: (model, kind) -> jobs that wait; ``"running"``: model -> jobs in it; ``"done"``,
+        ``"refused"``, ``"cancelled"``: (model, kind) -> jobs so far; ``"seconds"``: (model, kind) -> of the model's
+        time; ``"batches"``: how many rankings ran together -> how often; ``"cache_hits"``, ``"cache_misses"``:
+        documents; ``"cache_bytes"``, ``"cache_documents"``: what the store holds now; ``"loaded"``: model -> True.
+        """
+        told: dict[str, Any] = {"loaded": dict.fromkeys(self._served, True), "batches": Counter()}
+        for queue in self._queues():
+            told.setdefault("running", {})[queue.name] = queue.num_running
+            told["batches"].update(queue.stats.batches)
+            for kind in KINDS:
+                told.setdefault("queue_depth", {})[queue.name, kind] = queue.depth(kind)
+                for name in ("done", "refused", "cancelled", "seconds"):
+                    told.setdefault(name, {})[queue.name, kind] = getattr(queue.stats, name)[kind]
+        for served in self._served.values():
+            if served.ranking is not None:
+                cache = served.ranking.cache.stats()
+                told |= {"cache_hits": cache.hits, "cache_misses": cache.misses}
+                told |= {"cache_bytes": cache.num_bytes, "cache_documents": len(served.ranking.cache)}
+        return told
+
+    async def _load(self) -> None:
+        try:
+            self._served = await asyncio.to_thread(self._load_models)
+        except Exception as error:
+            self.failure, self._state = error, "failed"
+            _log.error("the models cannot be loaded: %s", error)
+            return
+        if self._state == "loading":
+            self._state = "ready"
+
+    def _load_models(self) -> dict[str, _Served]:
+        settings = self.settings
+        names = {settings.name: settings.model}
+        if settings.vision_name is not None and settings.vision_model is not None:
+            names[settings.vision_name] = settings.vision_model
+        served, queues = {}, {}
+        for name, path in names.items():
+            backend = Backend.load(path, device=settings.device, dtype=settings.dtype, device_map=settings.device_map)
+            if id(backend) not in queues:
+                queues[id(backend)] = ModelQueue(name, size=settings.queue_size, max_batch=settings.max_batch)
+            ranking = _rank_settings(settings, backend) if name == settings.name else None
+            if ranking is not None:
+                ranking.open()  # says now what is wrong with the heads
+            card = ModelCard(name, ranking is not None, True, backend.sees_pictures, backend.max_tokens)
+            chatting = ChatSettings(backend=backend, max_new_tokens=settings.default_new_tokens)
+            served[name] = _Served(card, backend, queues[id(backend)], ranking, chatting)
+        return served
+
+    def _queues(self) -> list[ModelQueue]:
+        return list({id(served.queue): served.queue for served in self._served.values()}.values())
+
+    def _check_state(self) -> None:
+        if self._state == "failed":
+            raise NotReady("the models could not be loaded: see the server's log")
+        if self._state != "ready":
+            raise NotReady(f"the server is {self._state}: ask again", retry_after=_LOADING)
+
+    def _chatting(self, work: ChatWork) -> _Served:
+        self._check_state()
+        served = self._served.get(work.model)
+        if served is None or not served.card.chats:
+            raise UnknownModel(f"there is no model {work.model!r} here: pass one of {', '.join(self._served)}")
+        return served
+
+    def _submitted(
+        self, served: _Served, kind: Kind, run: Callable[[Sequence[Any]], Sequence[Any]], work: Any, group: Any
+    ) -> Job:
+        job = Job(kind, run, work, group, time.monotonic() + self.settings.deadline)
+        served.queue.submit(job)
+        return job
+
+    async def _done(
+        self, served: _Served, kind: Kind, run: Callable[[Sequence[Any]], Sequence[Any]], work: Any, group: Any
+    ) -> Any:
+        job = self._submitted(served, kind, run, work, group)
+        try:
+            return await asyncio.wait_for(asyncio.wrap_future(job.result), self.settings.deadline)
+        except TimeoutError:
+            raise too_late() from None
+        finally:
+            served.queue.cancel(job)
+
+    def _rank_all(self, served: _Served, works: Sequence[RankWork]) -> list[Ranked]:
+        """Rankings over the same documents, told in the same way."""
+        first = works[0]
+        ranking = served.ranking
+        assert ranking is not None
+        for work in works:
+            self._check_length(served.backend, work)
+        most = max(len(first.documents) if work.top_n is None else work.top_n for work in works)
+        rankings: list[Ranking] = ranking.open().rank_batch(
+            [work.query for work in works],
+            [work.documents for work in works],
+            instruction=first.instruction,
+            explain=most if first.explain else 0,
+            max_spans=first.max_spans,
+            truncation=_truncation(first),
+            max_doc_tokens=first.max_doc_tokens,
+        )
+        return [
+            _ranked(ranking, work, found, len(served.backend.tokenizer(work.query)["input_ids"]))
+            for work, found in zip(works, rankings, strict=True)
+        ]
+
+    def _check_length(self, backend: Backend, work: RankWork) -> None:
+        """Whether it is not too long, as it was sent; tokens are counted only where there may be too many."""
+        limit = self.settings.max_request_tokens
+        texts = [work.query, *(f"{document.title or ''}\n{document.text}" for document in work.documents)]
+        if sum(len(text.encode(errors="replace")) for text in texts) <= limit:  # no token is shorter than a byte
+            return
+        count = sum(map(len, backend.tokenizer(texts, add_special_tokens=False)["input_ids"]))
+        if count > limit:
+            raise TooLarge(
+                f"{count:,} tokens, at most {limit:,} are taken: send fewer documents, or raise --max-request-tokens"
+            )
+
+
+def _rank_settings(settings: ServerSettings, backend: Backend) -> RerankSettings:
+    from qr_integrations.retrieval.store import DocumentCache
+
+    same = ("method", "heads", "normalize", "truncation", "max_context_tokens")
+    return RerankSettings(
+        backend=backend,
+        cache=DocumentCache(settings.cache_bytes, folder=settings.cache_folder),
+        refinements={"layout": settings.layout},
+        **{name: getattr(settings, name) for name in same},
+    )
+
+
+def _seconds_left(job: Job) -> float:
+    return max(0.0, job.deadline - time.monotonic())
+
+
+def _truncation(work: RankWork) -> Any:
+    return None if work.truncate is None else "head" if work.truncate else "chunk"
+
+
+def _ranked(settings: RerankSettings, work: RankWork, ranking: Ranking, query_tokens: int) -> Ranked:
+    changed: dict[str, Any] = {"explain": work.explain} | ({"normalize": None} if work.raw_scores else {})
+    told = settings.model_copy(update=changed)
+    num_tokens = query_tokens + sum(item.num_tokens for item in ranking)
+    return Ranked(tuple(told.relevances_of(ranking, work.top_n)), num_tokens, ranking.notes)
+
+
+def _said(settings: ChatSettings, work: ChatWork, answer: Answer) -> Said:
+    metadata: Mapping[str, Any] = settings.answer_metadata(answer, work.settings)
+    maps = tuple(_heat_map(look) for look in answer.steps.get("crop", ())) if work.heat_maps else ()
+    return Said(answer.text, answer.finish_reason, answer.usage, metadata, maps)
+
+
+def _heat_map(look: Any) -> HeatMap:
+    values = look.importance.values
+    low, high = float(values.min()), float(values.max())
+    scaled = (values - low) / ((high - low) or 1.0)
+    rows = tuple(tuple(round(float(value), 4) for value in row) for row in scaled)
+    left, top, right, bottom = map(float, look.importance.covers)
+    return HeatMap(rows, (left, top, right, bottom), look.importance.image_size)
