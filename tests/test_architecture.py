@@ -43,7 +43,7 @@ MAY_IMPORT = {
     "llama_index": BELOW_THE_ROOF | {"reranking", "indexing", "chatting", "embedding"},
     "serving": BELOW_THE_ROOF | {"reranking", "chatting", "chat_steps", "model_settings", "evaluation"},
     "evaluation": BELOW_THE_ROOF,
-    "cli": BELOW_THE_ROOF | {"__init__", "testing", "evaluation", "serving"},
+    "cli": BELOW_THE_ROOF | {"__init__", "testing", "evaluation", "serving", "reranking", "model_settings"},
     "__init__": BELOW_THE_ROOF,
 }
 # Who may import a library of others; a library that is not listed is free.

@@ -10,6 +10,7 @@ from functools import partial
 from typing import Any, TypeVar
 
 from qr_integrations.backend import Backend
+from qr_integrations.backend.interruptions import check_interruption
 from qr_integrations.chatting import ChatSettings
 from qr_integrations.reranking import RerankSettings
 from qr_integrations.retrieval.token_scores import contents
@@ -20,6 +21,7 @@ from qr_integrations.serving.work import ChatWork, HeatMap, ModelCard, Ranked, R
 from qr_integrations.types import Answer, Ranking
 
 _log = logging.getLogger(__name__)
+_COUNTED = 100_000  # characters: a tokenizer cannot be interrupted
 _LOADING = 5.0  # seconds after which it is worth asking again
 T = TypeVar("T")
 
@@ -254,11 +256,15 @@ class LocalEngine:
         texts = [work.query, *(f"{document.title or ''}\n{document.text}" for document in work.documents)]
         if sum(len(text.encode(errors="replace")) for text in texts) <= limit:  # no token is shorter than a byte
             return
-        count = sum(map(len, backend.tokenizer(texts, add_special_tokens=False)["input_ids"]))
-        if count > limit:
-            raise TooLarge(
-                f"{count:,} tokens, at most {limit:,} are taken: send fewer documents, or raise --max-request-tokens"
-            )
+        count = 0
+        for part in (text[start : start + _COUNTED] for text in texts for start in range(0, len(text), _COUNTED)):
+            check_interruption()
+            count += len(backend.tokenizer(part, add_special_tokens=False)["input_ids"])
+            if count > limit:
+                raise TooLarge(
+                    f"more than {limit:,} tokens, which is what is taken: send fewer documents, or raise "
+                    "--max-request-tokens"
+                )
 
 
 def _rank_settings(settings: ServerSettings, backend: Backend) -> RerankSettings:

@@ -40,6 +40,12 @@ _STATUSES: dict[type[Exception], tuple[int, str]] = {  # the first that fits cou
     MemoryLimitError: (413, "out_of_memory"),
 }
 
+_CURES = {
+    400: "the body cannot be read as JSON: send what /openapi.json describes",
+    404: "there is nothing at this address: see /openapi.json for what there is",
+    405: "this address does not take this method: see /openapi.json for the one it takes",
+}
+
 
 @dataclass(frozen=True, slots=True)
 class Trouble:
@@ -63,7 +69,8 @@ def trouble_of(error: Exception) -> Trouble:
     if isinstance(error, RequestValidationError):
         return Trouble(400, _told(error), "invalid_request")
     if isinstance(error, HTTPException):
-        return Trouble(error.status_code, str(error.detail), "http_error", error.headers or {})
+        told = _CURES.get(error.status_code, f"{error.detail}: see /openapi.json")
+        return Trouble(error.status_code, told, "http_error", error.headers or {})
     for kind, (status, code) in _STATUSES.items():
         if isinstance(error, kind):
             retry = error.retry_after if isinstance(error, Refused) else None

@@ -198,12 +198,15 @@ class ModelQueue:
                 contextvars.Context().run(self._do, others)  # they do not end when this answer does
                 lent += time.monotonic() - since
 
+        outcomes: list[_Outcome] = []
         if wanted:
             with interruptible(lambda: _check(wanted), between_tokens if kind == "chat" else None):
-                _settle(wanted)
+                outcomes = _outcomes(wanted)
         with self._changed:
             self._running = [job for job in self._running if job not in jobs]
             self._book(kind, len(jobs), own())
+        for job, outcome in zip(wanted, outcomes, strict=True):
+            outcome.tell(job)
 
     def _book(self, kind: Kind, count: int, seconds: float) -> None:
         self._share[kind] += seconds
@@ -214,21 +217,35 @@ class ModelQueue:
             self.stats.batches[count] = self.stats.batches.get(count, 0) + 1
 
 
-def _settle(jobs: Sequence[Job]) -> None:
+@dataclass(frozen=True, slots=True)
+class _Outcome:
+    """What came of a job."""
+
+    result: Any = None
+    error: BaseException | None = None
+
+    def tell(self, job: Job) -> None:
+        """Whoever waits for the job hears of it."""
+        if self.error is None:
+            job.result.set_result(self.result)
+        else:
+            job.result.set_exception(self.error)
+
+
+def _outcomes(jobs: Sequence[Job]) -> list[_Outcome]:
     """Run them together; if that fails, one by one, so that each gets its own error."""
     try:
         _check(jobs)
-        found = jobs[0].run([job.work for job in jobs])
+        results = jobs[0].run([job.work for job in jobs])
+        return [_Outcome(result) for _, result in zip(jobs, results, strict=True)]
     except BaseException as error:
         if len(jobs) == 1:
-            jobs[0].result.set_exception(error)
-            return
-        for job in jobs:
-            with interruptible(partial(_check, [job])):
-                _settle([job])
-        return
-    for job, result in zip(jobs, found, strict=True):
-        job.result.set_result(result)
+            return [_Outcome(error=error)]
+    found = []
+    for job in jobs:
+        with interruptible(partial(_check, [job])):
+            found += _outcomes([job])
+    return found
 
 
 def _check(jobs: Sequence[Job]) -> None:
