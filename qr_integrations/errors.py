@@ -64,3 +64,7 @@ class MissingExtra(QRError, ImportError):
 
     def __init__(self, what: str, extra: str) -> None:
         super().__init__(f"{what} needs an optional dependency: pip install 'qr-integrations[{extra}]'")
+        self._given = (what, extra)
+
+    def __reduce__(self) -> tuple[type["MissingExtra"], tuple[str, str]]:
+        return MissingExtra, self._given

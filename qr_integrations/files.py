@@ -18,14 +18,16 @@ except ImportError:  # Windows
 _asking = threading.Lock()
 
 
-def write_whole(path: str | Path, content: str | bytes, *, durable: bool = False) -> None:
+def write_whole(path: str | Path, content: str | bytes | Iterable[str], *, durable: bool = False) -> None:
     """Write `content` so that whoever looks finds the old file or the new one, never half of it.
 
-    `durable`: it is on the disk when this returns; its name is after `sync_folder`.
+    Pieces of text are written one after the other; if making one fails, the old file stays. `durable`: it is on the
+    disk when this returns; its name is after `sync_folder`.
     """
     path = Path(path)
     with _unnamed(path.parent, path.name) as handle:
-        handle.write(content.encode("utf-8") if isinstance(content, str) else content)
+        for piece in [content] if isinstance(content, str | bytes) else content:
+            handle.write(piece.encode("utf-8") if isinstance(piece, str) else piece)
         _take_name(handle, path, durable=durable)
 
 
@@ -64,15 +66,23 @@ def sync_folder(folder: str | Path) -> None:
 
 
 @contextmanager
-def locked_folder(folder: str | Path) -> Iterator[None]:
-    """One thread of one process at a time, where the system has such locks; they end with the process."""
+def locked_folder(folder: str | Path, *, wait: bool = True) -> Iterator[None]:
+    """One thread of one process at a time, where the system has such locks; they end with the process.
+
+    Raises:
+        BlockingIOError: another one has it, and `wait` is false.
+    """
     if fcntl is None:
         yield
         return
     handle = os.open(folder, os.O_RDONLY)
     try:
-        with suppress(OSError):  # some file systems of networks have none
-            fcntl.flock(handle, fcntl.LOCK_EX)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise
+        except OSError:  # some file systems of networks have none
+            pass
         yield
     finally:
         os.close(handle)

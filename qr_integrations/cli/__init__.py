@@ -11,7 +11,9 @@ from importlib import import_module
 from typing import Any
 
 from qr_integrations import __version__
+from qr_integrations.cli.bulk_arguments import add_bulk
 from qr_integrations.cli.layers_arguments import add_layers
+from qr_integrations.cli.serve_arguments import add_serve
 from qr_integrations.errors import QRError
 
 EXIT_FAILED_CHECK, EXIT_ERROR, EXIT_INTERRUPTED = 1, 2, 130
@@ -103,11 +105,11 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(
         dest="command",
         title="commands",
-        metavar="{demo,rerank,look,caption,layers,detect,eval,eval-pictures,eval-tokens,doctor}",
+        metavar="{demo,rerank,look,caption,layers,serve,detect,eval,eval-pictures,eval-tokens,bulk,doctor}",
     )
     for add in (
-        *(_add_demo, _add_rerank, _add_look, _add_caption, _add_layers),
-        *(_add_detect, _add_eval, _add_eval_pictures, _add_eval_tokens, _add_doctor),
+        *(_add_demo, _add_rerank, _add_look, _add_caption, _add_layers, add_serve),
+        *(_add_detect, _add_eval, _add_eval_pictures, _add_eval_tokens, _add_bulk, _add_doctor),
     ):
         add(commands)
     return parser
@@ -212,6 +214,11 @@ def _add_caption(commands: Any) -> None:
 
 def _add_layers(commands: Any) -> None:
     _add_model(add_layers(commands), default="qr-mini-vl")
+
+
+def _add_bulk(commands: Any) -> None:
+    for task in add_bulk(commands):
+        _add_model(task)
 
 
 def _add_answering(parser: argparse.ArgumentParser, longest: int) -> None:

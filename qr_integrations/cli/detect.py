@@ -61,11 +61,12 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         screen.write_json(out.read_text(encoding="utf-8").replace("\n", ""))
     else:
-        _show(screen.stdout(), detection, chosen, args)
+        show(screen.stdout(), detection, chosen, args)
     return 0
 
 
-def _show(console: Console, detection: Detection, chosen: HeadSet, args: argparse.Namespace) -> None:
+def show(console: Console, detection: Detection, chosen: HeadSet, args: argparse.Namespace) -> None:
+    """The chosen heads, all heads as a grid, and what a cap of layers would cost."""
     scores = detection.scores(args.objective)
     console.print(Text(f" {len(chosen)} of {len(detection.heads)} heads of {chosen.model}", style="bold"))
     console.print(Padding(Text(", ".join(f"{la}-{h} {scores[la, h]:.3f}" for la, h in chosen.heads)), (0, 1)))

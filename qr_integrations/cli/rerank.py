@@ -53,11 +53,15 @@ def _reranker(args: argparse.Namespace) -> AttentionReranker:
     }
     if args.icr:
         return ICRReranker(backend, **options)
-    return QRHeadReranker(backend, heads=_heads(args.heads), **options)
+    return QRHeadReranker(backend, heads=heads_of(args.heads), **options)
 
 
-def _heads(given: str) -> str | Path | list[tuple[int, int]]:
-    """What --heads means: a word, pairs, or else a file."""
+def heads_of(given: str) -> str | Path | list[tuple[int, int]]:
+    """What --heads means: a word, pairs, or else a file.
+
+    Raises:
+        InputError: there is no such file.
+    """
     if given in ("auto", "all"):
         return given
     if _HEAD_PAIRS.fullmatch(given.replace(" ", "")):

@@ -1,7 +1,7 @@
 """TREC's text files: runs (what was retrieved) and qrels (what is relevant)."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,6 +12,8 @@ from qr_integrations.files import write_whole
 _RUN = "a TREC run: lines of `query Q0 document rank score tag`"
 _QRELS = "judgments: lines of `query 0 document grade` (TREC), or query, document, grade between tabs (BEIR)"
 _BEIR_HEADER = ["query-id", "corpus-id", "score"]
+
+Retrieved = Sequence[tuple[str, float]]  # documents with their scores
 
 
 class RunLine(NamedTuple):
@@ -55,13 +57,22 @@ def run_lines(path: str | Path) -> Iterator[RunLine]:
     """The lines of a run as they stand in the file; raises as `read_run` does, but for documents that stand twice."""
     number = 0
     for number, line in read_lines(path, _RUN):
-        columns = line.split()
-        if len(columns) != 6:
-            raise InputError(f"{path}, line {number}: {len(columns)} columns, not 6: pass {_RUN}")
-        query, _, document, _, score, _ = columns
-        yield RunLine(number, query, document, _finite(f"{path}, line {number}", score))
+        yield run_line(number, line, f"{path}, line {number}")
     if not number:
         raise InputError(f"{str(path)!r} is empty: pass {_RUN}")
+
+
+def run_line(number: int, line: str, where: str) -> RunLine:
+    """What a line says; `where` it stands.
+
+    Raises:
+        InputError: not six columns, or no finite score.
+    """
+    columns = line.split()
+    if len(columns) != 6:
+        raise InputError(f"{where}: {len(columns)} columns, not 6: pass {_RUN}")
+    query, _, document, _, score, _ = columns
+    return RunLine(number, query, document, _finite(where, score))
 
 
 def read_qrels(path: str | Path) -> dict[str, dict[str, int]]:
@@ -103,29 +114,41 @@ def qrels_lines(path: str | Path) -> Iterator[Judgment]:
         raise InputError(f"{str(path)!r} is empty: pass {_QRELS}")
 
 
-def write_run(path: str | Path, run: Mapping[str, Sequence[tuple[str, float]]], tag: str) -> None:
+def write_run(path: str | Path, run: Mapping[str, Retrieved] | Iterable[tuple[str, Retrieved]], tag: str) -> None:
     """Write a run that `read_run` gives back with the very same scores; the file is whole or not there.
 
     Args:
         path: a file in a folder that is there; plain text.
-        run: query -> documents with scores; written best first, equal scores in the order given.
+        run: query -> documents with scores; written best first, equal scores in the order given. Of pairs, one is
+            in memory at a time.
         tag: names the run, one word.
 
     Raises:
         InputError: nothing to write, a name that is no word, a document twice, a score that is not finite.
     """
-    if not any(run.values()):
-        raise InputError("the run has no documents: pass at least one query with documents")
-    lines = [line for query, documents in run.items() for line in _written(query, documents, _word(tag))]
     try:
-        write_whole(path, "".join(lines))
+        write_whole(path, _lines(run.items() if isinstance(run, Mapping) else run, _word(tag)))
     except OSError as error:
         raise InputError(
             f"{str(path)!r} cannot be written ({error.strerror}): pass a path in a folder of yours"
         ) from error
 
 
-def _written(query: str, documents: Sequence[tuple[str, float]], tag: str) -> Iterator[str]:
+def _lines(run: Iterable[tuple[str, Retrieved]], tag: str) -> Iterator[str]:
+    seen: set[str] = set()
+    empty = True
+    for query, documents in run:
+        if query in seen:
+            raise InputError(f"query {query!r} stands there twice: give every query an id of its own")
+        seen.add(query)
+        for line in _written(query, documents, tag):
+            empty = False
+            yield line
+    if empty:
+        raise InputError("the run has no documents: pass at least one query with documents")
+
+
+def _written(query: str, documents: Retrieved, tag: str) -> Iterator[str]:
     seen: set[str] = set()
     for rank, (document, score) in enumerate(sorted(documents, key=lambda pair: -pair[1]), start=1):
         if document in seen:

@@ -1,0 +1,83 @@
+"""What is asked about the server itself: whether it lives, whether it is ready, what it serves, how it fares."""
+
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Path, Response
+from fastapi.responses import JSONResponse, PlainTextResponse
+from pydantic import BaseModel, Field
+
+from qr_integrations.serving.metrics import Metrics
+from qr_integrations.serving.refusals import UnknownModel
+from qr_integrations.serving.settings import ServerSettings
+from qr_integrations.serving.work import Engine, ModelCard, State
+
+
+class Health(BaseModel):
+    """How the server is."""
+
+    status: str = Field(description="`ok`, or what it is doing: loading, draining, failed.")
+
+
+class Model(BaseModel):
+    """A model, as OpenAI's clients know it, and what it does."""
+
+    id: str
+    object: str = "model"
+    created: int = 0
+    owned_by: str = "qr-integrations"
+    ranks: bool = Field(description="It ranks documents.")
+    chats: bool = Field(description="It answers conversations.")
+    sees_pictures: bool = Field(description="Conversations may hold pictures.")
+    max_tokens: int | None = Field(description="Its window; null: not known.")
+
+    @classmethod
+    def of(cls, card: ModelCard) -> "Model":
+        """From what an engine tells."""
+        return cls(
+            id=card.id,
+            ranks=card.ranks,
+            chats=card.chats,
+            sees_pictures=card.sees_pictures,
+            max_tokens=card.max_tokens,
+        )
+
+
+class Models(BaseModel):
+    """All of them."""
+
+    object: str = "list"
+    data: list[Model]
+
+
+def service_routes(engine: Engine, settings: ServerSettings, metrics: Metrics) -> APIRouter:
+    """``/health``, ``/ready``, ``/v1/models`` and ``/metrics``."""
+    router = APIRouter(tags=["service"])
+
+    @router.get("/health", summary="The process lives")
+    async def health() -> Health:
+        return Health(status="ok")
+
+    @router.get("/ready", summary="There is work to be had", responses={503: {"model": Health}})
+    async def ready() -> Response:
+        state: State = engine.state
+        told = Health(status="ok" if state == "ready" else state)
+        return JSONResponse(told.model_dump(), 200 if state == "ready" else 503)
+
+    @router.get("/v1/models", summary="What is served; empty while it is loading")
+    async def models() -> Models:
+        return Models(data=[Model.of(card) for card in await engine.models()])
+
+    @router.get("/v1/models/{model:path}", summary="One of them", responses={404: {"model": dict[str, Any]}})
+    async def model(model: Annotated[str, Path(description="Its id.")]) -> Model:
+        cards = await engine.models()
+        for card in cards:
+            if card.id == model:
+                return Model.of(card)
+        served = ", ".join(card.id for card in cards) or "nothing yet"
+        raise UnknownModel(f"no such model is served: ask for one of these: {served}")
+
+    @router.get("/metrics", summary="Counters for Prometheus", response_class=PlainTextResponse)
+    async def measured() -> Response:
+        return Response(metrics.page(), media_type=metrics.content_type)
+
+    return router

@@ -1,0 +1,21 @@
+"""The README's examples of clients run against a real server."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"^```py\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
+
+
+@pytest.mark.parametrize("number", range(len(BLOCKS)))
+def test_examples_of_clients_run(number: int, server_url: str, capsys: pytest.CaptureFixture[str]) -> None:
+    block = BLOCKS[number].replace("http://127.0.0.1:8000", server_url)
+    assert server_url in block
+    exec(compile(block, f"README.md, client {number + 1}", "exec"), {})
+    assert capsys.readouterr().out.strip()
+
+
+def test_there_are_such_examples() -> None:
+    assert len(BLOCKS) >= 2
