@@ -4,7 +4,7 @@ import json
 import time
 import uuid
 from collections.abc import AsyncGenerator, Iterator
-from contextlib import aclosing
+from contextlib import ExitStack, aclosing
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -67,11 +67,13 @@ def chat_routes(engine: Engine, settings: ServerSettings) -> APIRouter:
     async def complete_chat(request: Request, sent: ChatRequest) -> Response:
         """Answer a conversation."""
         card = await _chosen(engine, sent.model)
-        work = await while_connected(request, reader.read(sent, card))
-        frame = _Frame(card.id, work.heat_maps, bool(sent.stream_options and sent.stream_options.include_usage))
-        if sent.stream:
-            return EventStream(_events(engine, work, frame))
-        said = await while_connected(request, engine.chat(work))
+        with ExitStack() as held:
+            share = held.enter_context(reader.room.shared())
+            work = await while_connected(request, reader.read(sent, card, share))
+            frame = _Frame(card.id, work.heat_maps, bool(sent.stream_options and sent.stream_options.include_usage))
+            if sent.stream:
+                return EventStream(_events(engine, work, frame), held.pop_all())
+            said = await while_connected(request, engine.chat(work))
         return Response(frame.completion(said), media_type="application/json")
 
     return router
@@ -84,19 +86,21 @@ class EventStream(Response):
 
     Args:
         events: what is sent; closed at the end in any case.
+        held: what is let go of then.
     """
 
     media_type = "text/event-stream"
 
-    def __init__(self, events: AsyncGenerator[str, None]) -> None:
+    def __init__(self, events: AsyncGenerator[str, None], held: ExitStack) -> None:
         super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
         del self.headers["content-length"]
-        self._events, self._begun = events, False
+        self._events, self._held, self._begun = events, held, False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send it."""
         try:
-            await while_connected(Request(scope, receive), self._send_all(send))
+            with self._held:
+                await while_connected(Request(scope, receive), self._send_all(send))
         except Cancelled:
             if not self._begun:
                 raise

@@ -154,7 +154,7 @@ class LocalEngine:
         told: dict[str, Any] = {"loaded": dict.fromkeys(self._served, True), "batches": Counter()}
         for queue in self._queues():
             told.setdefault("running", {})[queue.name] = queue.num_running
-            told["batches"].update(queue.stats.batches)
+            told["batches"].update(queue.stats.batches.copy())
             for kind in KINDS:
                 told.setdefault("queue_depth", {})[queue.name, kind] = queue.depth(kind)
                 for name in ("done", "refused", "cancelled", "seconds"):

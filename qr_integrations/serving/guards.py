@@ -8,17 +8,21 @@ import re
 import time
 import uuid
 from collections.abc import Iterable
+from dataclasses import replace
 from itertools import islice
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from qr_integrations.serving.http_errors import Trouble, as_response
+from qr_integrations.serving.http_errors import Trouble, as_response, trouble_of
+from qr_integrations.serving.refusals import Overloaded
+from qr_integrations.serving.room import Room, Share
 from qr_integrations.serving.settings import ServerSettings
 
 PUBLIC_PATHS = frozenset({"/", "/health", "/ready", "/openapi.json", "/favicon.ico"})
 PUBLIC_FOLDER = "/page/"
 _QUOTE = ord('"')
+_BODIES_AT_ONCE = 8  # of the longest; shorter ones may be more
 _SANE_ID = re.compile(r"[A-Za-z0-9._:\-]{1,128}")
 _FEWEST_VALUES, _VALUES_PER_DOCUMENT = 50_000, 20  # beyond, reading the JSON alone would hold up everybody else
 _JSON_PARTS = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"?|[,\[{]', re.DOTALL)
@@ -168,6 +172,7 @@ class Bodies:
         self.app = app
         self.limit, self.seconds = settings.max_body_bytes, settings.deadline
         self.most_values = max(_FEWEST_VALUES, _VALUES_PER_DOCUMENT * settings.max_documents)
+        self.room = Room(_BODIES_AT_ONCE * settings.max_body_bytes, "bytes of requests")
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle one request."""
@@ -180,9 +185,15 @@ class Bodies:
         length = headers.get("content-length", "")
         if length.isdecimal() and int(length) > self.limit:
             return await self._close(scope, receive, send, self._too_large())
+        with self.room.shared() as share:
+            await self._read(scope, receive, send, share)
+
+    async def _read(self, scope: Scope, receive: Receive, send: Send, share: Share) -> None:
         try:
             async with asyncio.timeout(self.seconds):
-                body = await _whole(receive, self.limit)
+                body = await _whole(receive, self.limit, share)
+        except Overloaded as error:
+            return await self._close(scope, receive, send, trouble_of(error))
         except TimeoutError:
             told = f"the request did not arrive within {self.seconds:g} seconds: send it faster, or less"
             trouble = Trouble(408, told, "slow_body", {"Connection": "close"})
@@ -209,15 +220,16 @@ class Bodies:
                 message = {"type": "http.response.body"}
             await send(message)
 
-        closing = Trouble(trouble.status, trouble.message, trouble.code, {"Connection": "close"})
+        closing = replace(trouble, headers={**trouble.headers, "Connection": "close"})
         await refuse(scope, receive, lingering, closing)
 
 
-async def _whole(receive: Receive, limit: int) -> bytes | None:
+async def _whole(receive: Receive, limit: int, share: Share) -> bytes | None:
     """The whole body; None if the client went away.
 
     Raises:
         OverflowError: it is longer than `limit`.
+        Overloaded: all requests together are longer than there is room.
     """
     parts, length, more = [], 0, True
     while more:
@@ -228,6 +240,7 @@ async def _whole(receive: Receive, limit: int) -> bytes | None:
         length += len(part)
         if length > limit:
             raise OverflowError("the body is longer than it may be")
+        share.take(len(part))
         parts.append(part)
     return b"".join(parts)
 

@@ -16,11 +16,13 @@ from qr_integrations.images import PictureFetcher, PicturePolicy, open_picture
 from qr_integrations.images.policy import SCHEME, shown
 from qr_integrations.serving.openai_shapes import ChatRequest, PicturePart, TextPart, Turn
 from qr_integrations.serving.refusals import TooLarge
+from qr_integrations.serving.room import Room, Share
 from qr_integrations.serving.settings import ServerSettings
 from qr_integrations.serving.work import ChatWork, ModelCard
 from qr_integrations.types import Message
 
 T = TypeVar("T")
+_REQUESTS_AT_ONCE = 4  # with the most pixels; with fewer there may be more
 _OF_PICTURES = ("crop", "num_visual_tokens", "prune")
 _LOADS_MODELS = "text_encoder"  # a step's setting that names a folder or hub id
 _SAME_NAMES = ("temperature", "top_p", "top_k", "repetition_penalty", "stop", "seed")
@@ -44,11 +46,12 @@ class ChatReader:
             max_pixels=settings.max_picture_pixels,
             timeout=settings.picture_timeout,
         )
+        self.room = Room(_REQUESTS_AT_ONCE * settings.max_picture_pixels, "pixels of pictures")
         self._decoding = ThreadPoolExecutor(2, thread_name_prefix="decoding")
         self._fetching = ThreadPoolExecutor(4, thread_name_prefix="fetching")
 
-    async def read(self, sent: ChatRequest, card: ModelCard) -> ChatWork:
-        """What is to be done for a request, by the model of this card.
+    async def read(self, sent: ChatRequest, card: ModelCard, share: Share) -> ChatWork:
+        """What is to be done for a request, by the model of this card; `share` is the request's, of `room`.
 
         Raises:
             TooLarge: too many pictures.
@@ -63,7 +66,7 @@ class ChatReader:
         _check_length(sent, card)
         if steps:
             await asyncio.to_thread(check_steps, steps)  # loads torch on first use
-        return ChatWork(card.id, await self._messages(sent), {**settings, **steps}, bool(sent.heat_map))
+        return ChatWork(card.id, await self._messages(sent, share), {**settings, **steps}, bool(sent.heat_map))
 
     def _settings(self, sent: ChatRequest) -> dict[str, Any]:
         if complaint := sent.not_done():
@@ -87,7 +90,7 @@ class ChatReader:
         if len(places) > (most := self.settings.max_pictures):
             raise TooLarge(f"{len(places)} pictures are more than this server takes: send {most} or fewer")
 
-    async def _messages(self, sent: ChatRequest) -> tuple[Message, ...]:
+    async def _messages(self, sent: ChatRequest, share: Share) -> tuple[Message, ...]:
         """All pictures together may have as many pixels as one alone."""
         messages, left = [], self.settings.max_picture_pixels
         for number, turn in enumerate(sent.messages):
@@ -96,6 +99,7 @@ class ChatReader:
                 if isinstance(part, PicturePart):
                     picture = await self._opened(part.image_url.url, _place(number, part_number), left)
                     left -= picture.width * picture.height
+                    share.take(picture.width * picture.height)
                     content.append(picture)
                 else:
                     content.append(part)

@@ -8,7 +8,9 @@ import torch
 from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
+from qr_integrations.backend import interruptible
 from qr_integrations.backend.listening import Listener
+from qr_integrations.errors import Cancelled
 
 BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
 LETTERS = list("abcENDx .\n")
@@ -87,9 +89,25 @@ def test_space_before_an_answer_is_not_sent() -> None:
     assert heard.text == "a b" and heard.pieces[0] == "a"
 
 
-def test_who_has_gone_ends_the_generation() -> None:
-    gone = iter([False, False, True])
-    assert Heard(tokens("abcabc"), gone=lambda: next(gone)).calls == 3
+def test_who_calls_it_off_ends_the_generation_after_any_token() -> None:
+    asked: list[int] = []
+
+    def check() -> None:
+        asked.append(1)
+        if len(asked) == 3:
+            raise Cancelled("gone")
+
+    with pytest.raises(Cancelled), interruptible(check):
+        Heard(tokens("abcabc"))
+    assert len(asked) == 3
+
+
+@pytest.mark.parametrize("shares_model", [True, False])
+def test_others_come_in_between_two_tokens_not_after_the_last(shares_model: bool) -> None:
+    between: list[int] = []
+    with interruptible(lambda: None, lambda: between.append(1)):
+        heard = Heard(tokens("abEND"), stop=("EN",), shares_model=shares_model)
+    assert heard.calls == 4 and len(between) == (3 if shares_model else 0)
 
 
 @pytest.mark.parametrize("stop", [(), ("EN",)])

@@ -55,6 +55,22 @@ def test_bodies_up_to_the_limit_are_read(narrow: str) -> None:
     assert httpx.post(f"{narrow}/v1/rerank", content=padded(1001), headers=json_type).status_code == 413
 
 
+def test_all_bodies_together_are_bounded(narrow: str) -> None:
+    holding = [socket.create_connection(address_of(narrow)) for _ in range(9)]
+    try:
+        for connection in holding:
+            connection.sendall(post("/v1/rerank", padded(990), b"Content-Length: 1000"))
+        time.sleep(0.3)
+        refused = httpx.post(f"{narrow}/v1/rerank", content=padded(900), headers={"Content-Type": "application/json"})
+        assert refused.status_code == 429 and int(refused.headers["Retry-After"]) >= 1
+    finally:
+        for connection in holding:
+            connection.close()
+    time.sleep(0.3)
+    good = httpx.post(f"{narrow}/v1/rerank", content=padded(900), headers={"Content-Type": "application/json"})
+    assert good.status_code == 200
+
+
 def test_bodies_without_a_length_are_counted(narrow: str) -> None:
     def pieces(count: int) -> Iterator[bytes]:
         yield padded(500)
