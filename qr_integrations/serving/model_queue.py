@@ -1,7 +1,8 @@
 """Whose turn it is on a model: one thread, two bounded queues, and a fair share of its time for each.
 
 Rankings and chats wait in queues of their own. The kind that has had less of the model's time goes next, and rankings
-also go in between two tokens of a long answer. Rankings that can share a pass through the model run together.
+also go in between two tokens of a long answer. Rankings that can share a pass through the model run together. Nothing
+goes in between the passes of a ranking: a long one holds the model until it is done, called off, or late.
 """
 
 import contextvars
@@ -15,7 +16,7 @@ from functools import partial
 from typing import Any, Literal
 
 from qr_integrations.backend import interruptible
-from qr_integrations.errors import Cancelled
+from qr_integrations.errors import Cancelled, QRError
 from qr_integrations.serving.refusals import NotReady, OutOfTime, Overloaded
 
 Kind = Literal["rank", "chat"]
@@ -34,6 +35,7 @@ class Job:
         group: jobs of equal groups may run together; None: never.
         deadline: as `time.monotonic` tells the time.
         result: what came of it.
+        called_off: why nobody waits for it any more; None: somebody does.
     """
 
     kind: Kind
@@ -42,21 +44,23 @@ class Job:
     group: Hashable | None
     deadline: float
     result: "Future[Any]" = field(default_factory=Future)
-    is_cancelled: bool = False
+    called_off: QRError | None = None
 
     @property
-    def complaint(self) -> Cancelled | OutOfTime | None:
+    def complaint(self) -> QRError | None:
         """Why it is not worth doing any more."""
-        if self.is_cancelled:
-            return Cancelled("nobody waits for this any more")
-        if time.monotonic() > self.deadline:
+        if self.called_off is None and time.monotonic() > self.deadline:
             return too_late()
-        return None
+        return self.called_off
 
 
 def too_late() -> OutOfTime:
     """What is said of a job whose time is over."""
     return OutOfTime("not done in the time that a request has: ask for less, or raise --deadline")
+
+
+def _shutting_down() -> NotReady:
+    return NotReady("the server is shutting down: ask again", retry_after=5.0)
 
 
 @dataclass(slots=True)
@@ -106,7 +110,7 @@ class ModelQueue:
         """
         with self._changed:
             if self._stopping:
-                raise NotReady("the server is shutting down: ask again", retry_after=5.0)
+                raise _shutting_down()
             waiting = self._waiting[job.kind]
             if len(waiting) >= self.size:
                 self.stats.refused[job.kind] += 1
@@ -124,13 +128,8 @@ class ModelQueue:
     def cancel(self, job: Job) -> None:
         """Nobody waits for it: it leaves the queue, or ends before its next pass through the model."""
         with self._changed:
-            if job.result.done() or job.is_cancelled:
-                return
-            job.is_cancelled = True
-            self.stats.cancelled[job.kind] += 1
-            if job in self._waiting[job.kind]:
-                self._waiting[job.kind].remove(job)
-                job.result.cancel()
+            if self._call_off(job, Cancelled("nobody waits for this any more")):
+                self.stats.cancelled[job.kind] += 1
 
     def depth(self, kind: Kind) -> int:
         """Jobs that wait."""
@@ -148,17 +147,34 @@ class ModelQueue:
             self._changed.notify_all()
         self._thread.join(grace)
         with self._changed:
-            left = [*self._running, *(job for kind in KINDS for job in self._waiting[kind])]
-        for job in left:
-            self.cancel(job)
+            for job in [*self._running, *(job for kind in KINDS for job in self._waiting[kind])]:
+                self._call_off(job, _shutting_down())
         self._thread.join()
+
+    def _call_off(self, job: Job, why: QRError) -> bool:
+        """Whether there was anything to call off."""
+        waits = job in self._waiting[job.kind]
+        if job.called_off is not None or not (waits or job in self._running):
+            return False
+        job.called_off = why
+        if waits:
+            self._waiting[job.kind].remove(job)
+            if job.result.set_running_or_notify_cancel():
+                job.result.set_exception(why)
+        return True
 
     def _is_busy(self, kind: Kind) -> bool:
         return bool(self._waiting[kind]) or any(job.kind == kind for job in self._running)
 
     def _work(self) -> None:
-        while jobs := self._next():
-            self._do(jobs)
+        while self._step():
+            pass
+
+    def _step(self) -> bool:
+        """Do the jobs whose turn it is; False: there will be none any more."""
+        jobs = self._next()
+        self._do(jobs)
+        return bool(jobs)
 
     def _next(self) -> list[Job]:
         """The jobs whose turn it is; none when the queue is stopped and empty."""
@@ -181,40 +197,60 @@ class ModelQueue:
         return jobs
 
     def _do(self, jobs: Sequence[Job]) -> None:
-        """Run jobs, and book the time that they take; that of rankings which go in between is theirs."""
-        wanted = [job for job in jobs if job.result.set_running_or_notify_cancel()]
-        kind, started, lent = jobs[0].kind, time.monotonic(), 0.0
+        """Run jobs of one kind, and book the time that they take; that of rankings which go in between is theirs."""
+        wanted = [job for job in jobs if _is_wanted(job)]
+        if not wanted:
+            self._end(jobs)
+            return
+        kind, since = wanted[0].kind, time.monotonic()
 
-        def own() -> float:
-            return time.monotonic() - started - lent
+        def book() -> None:
+            nonlocal since
+            now = time.monotonic()
+            self._share[kind] += now - since
+            self.stats.seconds[kind] += now - since
+            since = now
 
         def between_tokens() -> None:
-            nonlocal lent
+            nonlocal since
             with self._changed:
-                is_due = self._waiting["rank"] and self._share["rank"] <= self._share["chat"] + own()
+                book()
+                is_due = self._waiting["rank"] and self._share["rank"] <= self._share["chat"]
                 others = self._take("rank") if is_due else []
             if others:
-                since = time.monotonic()
                 contextvars.Context().run(self._do, others)  # they do not end when this answer does
-                lent += time.monotonic() - since
+                since = time.monotonic()
 
-        outcomes: list[_Outcome] = []
-        if wanted:
-            with interruptible(lambda: _check(wanted), between_tokens if kind == "chat" else None):
-                outcomes = _outcomes(wanted)
+        before = self.stats.seconds[kind]
+        with interruptible(lambda: _check(wanted), between_tokens if kind == "chat" else None):
+            outcomes = _outcomes(wanted)
         with self._changed:
-            self._running = [job for job in self._running if job not in jobs]
-            self._book(kind, len(jobs), own())
+            book()
+            self._count(wanted, self.stats.seconds[kind] - before)
+        self._end(jobs)
         for job, outcome in zip(wanted, outcomes, strict=True):
             outcome.tell(job)
 
-    def _book(self, kind: Kind, count: int, seconds: float) -> None:
-        self._share[kind] += seconds
+    def _count(self, jobs: Sequence[Job], seconds: float) -> None:
+        kind, count = jobs[0].kind, len(jobs)
         self._typical[kind] += _SMOOTHING * (seconds / count - self._typical[kind])
         self.stats.done[kind] += count
-        self.stats.seconds[kind] += seconds
         if kind == "rank":
             self.stats.batches[count] = self.stats.batches.get(count, 0) + 1
+
+    def _end(self, jobs: Sequence[Job]) -> None:
+        with self._changed:
+            self._running = [job for job in self._running if job not in jobs]
+
+
+def _is_wanted(job: Job) -> bool:
+    """Whether somebody waits for it; whoever waits in vain is told."""
+    if not job.result.set_running_or_notify_cancel():
+        return False
+    complaint = job.complaint
+    if complaint is not None:
+        job.result.set_exception(complaint)
+    return complaint is None
 
 
 @dataclass(frozen=True, slots=True)
@@ -225,11 +261,17 @@ class _Outcome:
     error: BaseException | None = None
 
     def tell(self, job: Job) -> None:
-        """Whoever waits for the job hears of it."""
+        """Whoever waits for the job hears of it.
+
+        Errors raised on purpose go without their traceback: it holds on to the tensors of the pass that failed.
+        """
         if self.error is None:
             job.result.set_result(self.result)
-        else:
-            job.result.set_exception(self.error)
+            return
+        error: BaseException | None = self.error
+        while isinstance(self.error, QRError) and error is not None:
+            error.__traceback__, error = None, error.__cause__ or error.__context__
+        job.result.set_exception(self.error)
 
 
 def _outcomes(jobs: Sequence[Job]) -> list[_Outcome]:

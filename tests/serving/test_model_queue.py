@@ -1,9 +1,10 @@
 """Whose turn it is: order, bounds, batches, shares, ends. No model is needed for that."""
 
+import gc
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import CancelledError
 from typing import Any
 
 import pytest
@@ -250,16 +251,75 @@ def test_stopping_finishes_what_is_there_and_calls_off_the_rest() -> None:
     started = time.monotonic()
     stuck.stop(0.05)
     assert time.monotonic() - started < 5
-    with pytest.raises(Cancelled):
-        gate.job.result.result(0)
-    with pytest.raises(CancelledError):
-        waiting.result.result(0)
+    for one in (gate.job, waiting):
+        with pytest.raises(NotReady, match="shutting down"):
+            one.result.result(0)
+
+
+def test_an_error_does_not_hold_on_to_what_was_computed(queue: ModelQueue) -> None:
+    class Large:
+        """Something that can be watched."""
+
+    kept: list[weakref.ref[Large]] = []
+
+    def fail(works: Sequence[Any]) -> list[Any]:
+        large = Large()
+        kept.append(weakref.ref(large))
+        try:
+            raise RuntimeError("deep down")
+        except RuntimeError as error:
+            raise InputError(f"bad: {large}") from error
+
+    gc.collect()
+    gc.disable()
+    try:
+        one = job(fail)
+        queue.submit(one)
+        with pytest.raises(InputError):
+            one.result.result(10)
+        after = job(same)
+        queue.submit(after)
+        after.result.result(10)
+        assert kept[0]() is None
+    finally:
+        gc.enable()
+
+
+def test_an_answer_that_ran_alone_is_not_squeezed_afterwards() -> None:
+    queue = ModelQueue("model", size=1000, max_batch=1)
+    tokens: list[float] = []
+
+    def answer(works: Sequence[Any]) -> list[None]:
+        for _ in range(100):
+            time.sleep(0.005)
+            tokens.append(time.monotonic())
+            let_others_in()
+        return [None]
+
+    def rank(works: Sequence[Any]) -> list[None]:
+        time.sleep(0.005)
+        return [None]
+
+    chat = job(answer, kind="chat")
+    queue.submit(chat)
+    time.sleep(0.25)
+    ranks = [job(rank) for _ in range(200)]
+    since = time.monotonic()
+    for one in ranks:
+        queue.submit(one)
+    chat.result.result(20)
+    done = sum(one.result.done() for one in ranks)
+    meanwhile = sum(at > since for at in tokens)
+    assert 0.4 <= done / meanwhile <= 2.5
+    queue.stop(0.0)
 
 
 def test_whoever_no_longer_waits_for_a_future_is_left_out(queue: ModelQueue) -> None:
     gate, waiting = begin(queue), job(same)
     queue.submit(waiting)
     assert waiting.result.cancel()  # as asyncio does it
+    queue.cancel(waiting)
+    assert queue.depth("rank") == 0 and queue.stats.cancelled["rank"] == 1
     gate.open.set()
     after = job(same, 7)
     queue.submit(after)

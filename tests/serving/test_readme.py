@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 
 README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+# The examples leave their clients open, as most programs do.
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning", "ignore:unclosed")
 BLOCKS = re.findall(r"^```py\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
 
 
