@@ -10,20 +10,26 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, fields
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 
-from qr_integrations.backend.behind_prefix import continued_behind, lay_out_behind, num_positions_behind
+from qr_integrations.backend.behind_prefix import (
+    continued_behind,
+    lay_out_behind,
+    num_positions_behind,
+    read_in_chunks,
+)
 from qr_integrations.backend.interruptions import interruptible
 from qr_integrations.backend.listening import Finite, Listener
 from qr_integrations.backend.memory import memory_advice
 from qr_integrations.backend.picture_reading import ReadPictures, continued_inputs
 from qr_integrations.backend.prefix import Prefix
 from qr_integrations.backend.prompts import Prompt, as_messages, check_num_visual_tokens, lay_out
+from qr_integrations.backend.random_numbers import drawing, seeded
 from qr_integrations.backend.reader import Reader
 from qr_integrations.backend.surgery import prefill_pruned
 from qr_integrations.backend.visual_tokens import Pruner
@@ -139,10 +145,15 @@ class Generation:
         if self.seed is not None and not 0 <= self.seed < 2**63:
             raise InputError(f"seed={self.seed} is out of range: pass 0 to 2**63 - 1")
 
+    @property
+    def is_sampled(self) -> bool:
+        """Whether random numbers are drawn."""
+        return self.temperature >= _COLD
+
     def config(self, backend: Reader, room: int | None) -> GenerationConfig:
         """For ``generate``: nothing of the checkpoint's own sampling settings, its special tokens kept."""
         config = copy.deepcopy(backend.model.generation_config or GenerationConfig())
-        sampled = self.temperature >= _COLD
+        sampled = self.is_sampled
         config.update(
             max_new_tokens=self.max_new_tokens if room is None else max(1, min(self.max_new_tokens, room)),
             do_sample=sampled,
@@ -164,7 +175,6 @@ class Generation:
 
 
 _COLD = 1e-5  # below that, logits over the temperature overflow; the most probable token is said anyway
-_SAMPLING = threading.Lock()  # torch's random numbers are the process's, whatever the number of models
 _ONE_SEQUENCE = {"num_return_sequences": 1, "return_dict_in_generate": False}
 _NOTHING_ELSE = {
     "cache_implementation": None,
@@ -210,7 +220,7 @@ def answer(
     done: dict[str, Any] = {}
     seconds: dict[str, float] = {}
     conversation = as_messages(messages)
-    with backend.locked():
+    with drawing() if generation.is_sampled else nullcontext(), backend.locked():
         read = None
         if steps.crop is not None and any(message.pictures for message in conversation):
             started = time.perf_counter()
@@ -264,17 +274,14 @@ def _num_visual_tokens(
 
 @dataclass(frozen=True, slots=True)
 class _Begun:
-    """A prompt as the generation goes on from it."""
+    """A prompt as the generation goes on from it; pruned layers hold tokens of their own, each others."""
 
     prompt: Prompt
     inputs: Mapping[str, Any]
     record: Mapping[str, Any]
     decoding: AbstractContextManager[None]
 
-    @property
-    def is_pruned(self) -> bool:
-        """Whether layers hold tokens of their own, so that nothing else can be read meanwhile."""
-        return "prune" in self.record
+    is_pruned: bool = False
 
 
 def _begin(backend: Reader, prompt: Prompt, steps: Steps, read: ReadPictures | None, num_beams: int) -> _Begun:
@@ -285,12 +292,15 @@ def _begin(backend: Reader, prompt: Prompt, steps: Steps, read: ReadPictures | N
             inputs = continued_behind(backend, prompt, prefix, num_beams)
             return _Begun(prompt, inputs, {"prefix": len(prefix) if prefix.cache is not None else 0}, nullcontext())
         if prune is None or not prompt.pictures:
+            begun = read_in_chunks(backend, prompt)
+            if begun is not None:
+                return _Begun(prompt, continued_behind(backend, prompt, begun, num_beams), {}, nullcontext())
             inputs = continued_inputs(backend, prompt, read if num_beams == 1 else None)
             return _Begun(prompt, inputs, {}, nullcontext())
         prefilled = prefill_pruned(backend, prompt.inputs, prune, (prompt.messages[-1].text,))
     inputs = prefilled.continued(num_beams)
     shorter = Prompt(prompt.messages, inputs, tuple(prefilled.token_ids[0].tolist()))
-    return _Begun(shorter, inputs, {"prune": prefilled.record}, prefilled.decoding(backend))
+    return _Begun(shorter, inputs, {"prune": prefilled.record}, prefilled.decoding(backend), is_pruned=True)
 
 
 def _generate(
@@ -304,8 +314,7 @@ def _generate(
     """The new tokens, without the padding behind them."""
     generator = _generator(backend, prompt)
     own = generator.generation_config
-    draws = _SAMPLING if config.do_sample else nullcontext()
-    with torch.no_grad(), memory_advice(len(prompt), backend.name), draws, _seeded(seed, backend.device):
+    with torch.no_grad(), memory_advice(len(prompt), backend.name), seeded(seed, backend.device):
         try:
             generator.generation_config = config  # else what is None here is filled in with the checkpoint's own
             ids: Any = generator.generate(
@@ -336,17 +345,6 @@ def _end_tokens(config: GenerationConfig) -> list[int]:
 def _echoes(ids: torch.Tensor, prompt: Prompt) -> bool:
     """Whether what `generate` gave begins with the prompt; from embeddings alone it gives the new tokens only."""
     return tuple(ids[0, : len(prompt)].tolist()) == prompt.token_ids
-
-
-@contextmanager
-def _seeded(seed: int | None, device: torch.device) -> Iterator[None]:
-    """Random numbers from a seed, and the caller's own afterwards."""
-    if seed is None:
-        yield
-        return
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
-        yield
 
 
 def stream(

@@ -55,6 +55,20 @@ def lay_out_behind(backend: Reader, messages: tuple[Message, ...], prefix: Prefi
     return Prompt(messages, inputs, token_ids)
 
 
+def read_in_chunks(backend: Reader, prompt: Prompt) -> Prefix | None:
+    """All but the last token of a long text, so that it takes less memory and can be called off between two chunks.
+
+    None: it is short, or has pictures, or is read otherwise than token by token.
+    """
+    chunk, window = backend.auto_chunk, narrowest_window(backend.config)
+    text_only = not prompt.pictures and backend.model.main_input_name != "pixel_values"
+    if chunk is None or len(prompt) <= chunk or not text_only or (window is not None and len(prompt) > window):
+        return None
+    prefix = backend.prefill(prompt.token_ids[:-1], top_layer=max(backend.attention_layers), values=True)
+    is_whole = prefix.cache is not None and len(prefix.cache.layers) == backend.config.num_hidden_layers
+    return prefix if is_whole and prefix.is_plain else None
+
+
 def continued_behind(backend: Reader, prompt: Prompt, prefix: Prefix, num_beams: int) -> dict[str, Any]:
     """What ``generate`` is given to go on from `prefix`, which stays as it is.
 

@@ -14,11 +14,10 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 
 from qr_integrations.backend.attention_tap import AttentionLayer, survey_attention
 from qr_integrations.backend.families import ChatPieces, published_pieces, template_pieces
-from qr_integrations.backend.interruptions import check_interruption, may_be_interrupted
+from qr_integrations.backend.interruptions import held
 from qr_integrations.backend.prefix import Continuation
 from qr_integrations.errors import ClosedError, HeadError, InputError, LoadError, UnsupportedModelError
 
-_PATIENCE = 0.1  # seconds
 _locks: WeakKeyDictionary[nn.Module, Any] = WeakKeyDictionary()
 _looking_up = threading.Lock()
 
@@ -147,13 +146,8 @@ class OpenedModel:
     @contextmanager
     def locked(self) -> Iterator[None]:
         """Hold the model: no other thread's pass runs meanwhile. See `interruptible` for giving up instead."""
-        check_interruption()
-        while not self._lock.acquire(timeout=_PATIENCE if may_be_interrupted() else -1):
-            check_interruption()
-        try:
+        with held(self._lock):
             yield
-        finally:
-            self._lock.release()
 
     @property
     def held(self) -> bool:

@@ -19,6 +19,7 @@ from qr_integrations.backend.attention_tap import AttentionTap, run_as, run_tapp
 from qr_integrations.backend.blocks import read_blocks
 from qr_integrations.backend.branches import BranchPass, Trunk, Wanted, added_up
 from qr_integrations.backend.continuation import try_branches, try_continuations
+from qr_integrations.backend.interruptions import uninterrupted
 from qr_integrations.backend.memory import memory_advice
 from qr_integrations.backend.opened import OpenedModel
 from qr_integrations.backend.prefix import (
@@ -117,7 +118,7 @@ class Reader(OpenedModel):
         if cache is None:
             return Prefix(token_ids, top_layer, None)
         done = len(reuse) if reuse else 0
-        step = (self._auto_chunk() if chunk_tokens == "auto" else chunk_tokens) or max(1, len(token_ids))
+        step = (self.auto_chunk if chunk_tokens == "auto" else chunk_tokens) or max(1, len(token_ids))
         for start in range(done, len(token_ids), step):
             ids = self._batched(token_ids[start : start + step])
             self._run(ids, cache, start, None, tap=None, stop_after=top_layer)
@@ -249,7 +250,8 @@ class Reader(OpenedModel):
                 heads = tuple((top_layer, head) for head in range(self.attention_layers[top_layer].num_heads))
                 self._branching[top_layer] = True  # for the trial itself
                 try:
-                    self._branching[top_layer] = try_branches(self, heads)
+                    with uninterrupted():
+                        self._branching[top_layer] = try_branches(self, heads)
                 except BaseException:
                     del self._branching[top_layer]  # out of memory is no answer: the next query tries again
                     raise
@@ -312,13 +314,16 @@ class Reader(OpenedModel):
         with self.locked():
             if top_layer not in self._continuations:
                 heads = tuple((top_layer, head) for head in range(self.attention_layers[top_layer].num_heads))
-                found = try_continuations(self._run, self.config, heads, device=self.device, dtype=self.model.dtype)
+                with uninterrupted():
+                    found = try_continuations(self._run, self.config, heads, device=self.device, dtype=self.model.dtype)
                 if found == "tokens":
                     _log.warning("%s cannot continue from a cache: each pass reads its prefix again", self.name)
                 self._continuations[top_layer] = found
             return self._continuations[top_layer]
 
-    def _auto_chunk(self) -> int | None:
+    @property
+    def auto_chunk(self) -> int | None:
+        """How many tokens of a long text are read at a time, see `prefill`; None: all."""
         kernel = self.attention_layers[min(self.attention_layers)].kernel
         if self.device.type == "cpu":
             return _CPU_CHUNK

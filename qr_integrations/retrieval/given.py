@@ -56,3 +56,13 @@ def check_query(query: str, top_k: int | None) -> None:
     _check_encodes("the query", query)
     if top_k is not None and top_k < 1:
         raise InputError(f"top_k must be at least 1, got {top_k}: pass None for all documents")
+
+
+def check_max_spans(max_spans: int | None) -> None:
+    """A number of spans that can be.
+
+    Raises:
+        InputError: it is below 1.
+    """
+    if max_spans is not None and max_spans < 1:
+        raise InputError(f"max_spans must be at least 1, got {max_spans}: pass None for all spans")

@@ -19,7 +19,7 @@ from qr_integrations.backend import Backend, KeptDtype, Prefix, check_kept_dtype
 from qr_integrations.errors import InputError, WindowError
 from qr_integrations.retrieval.answers import answer
 from qr_integrations.retrieval.entrants import entrants, explained_only, num_explained
-from qr_integrations.retrieval.given import DocumentLike, as_documents, check_query
+from qr_integrations.retrieval.given import DocumentLike, as_documents, check_max_spans, check_query
 from qr_integrations.retrieval.index_files import IndexContents, read_index, write_index
 from qr_integrations.retrieval.kept_windows import Told, Window, WindowReader
 from qr_integrations.retrieval.layout import PromptLayout, Query
@@ -160,8 +160,7 @@ class DocumentIndex:
             InputError: no query, or `top_k` or `max_spans` below 1.
             WindowError: the query is longer than what the window leaves free.
         """
-        if max_spans is not None and max_spans < 1:
-            raise InputError(f"max_spans must be at least 1, got {max_spans}: pass None for all spans")
+        check_max_spans(max_spans)
         return self._rank([query], top_k, instruction, explain, max_spans)[0]
 
     def rank_batch(

@@ -18,7 +18,7 @@ from qr_integrations.backend import Backend
 from qr_integrations.backend.memory import free_memory
 from qr_integrations.errors import InputError, MemoryLimitError, WindowError
 from qr_integrations.retrieval.entrants import entrants, explained_only, num_explained, words_of
-from qr_integrations.retrieval.given import DocumentLike, as_documents, check_query
+from qr_integrations.retrieval.given import DocumentLike, as_documents, check_max_spans, check_query
 from qr_integrations.retrieval.heads import HeadSet
 from qr_integrations.retrieval.layout import PromptLayout, PromptStyle, Query
 from qr_integrations.retrieval.merging import Entrant, behind_the_final, best_of_all, finalists
@@ -128,8 +128,7 @@ class AttentionReranker:
         """
         given = as_documents(documents)
         check_query(query, top_k)
-        if max_spans is not None and max_spans < 1:
-            raise InputError(f"max_spans must be at least 1, got {max_spans}: pass None for all spans")
+        check_max_spans(max_spans)
         if not given:
             return Ranking(query, ())
         explained = num_explained(explain, top_k, len(given))
@@ -184,7 +183,8 @@ class AttentionReranker:
         """Queries over lists with equal texts."""
         if len(asked) > 1 and asked[0][1]:
             with suppress(MemoryLimitError):
-                if together := self._rank_together(asked, top_k, **options):
+                together = self._rank_together(asked, top_k, **options)
+                if together is not None:
                     return together
         return [self.rank(query, given, top_k, **options) for query, given in asked]
 
@@ -198,8 +198,10 @@ class AttentionReranker:
         max_spans: int | None = 3,
         truncation: Truncation | None = None,
         max_doc_tokens: int | None = None,
-    ) -> list[Ranking]:
-        """In one pass; nothing where they do not all fit into the same single prompt."""
+        progress: Progress | None = None,
+    ) -> list[Ranking] | None:
+        """In one pass; None where they do not all fit into the same single prompt."""
+        check_max_spans(max_spans)
         for query, _ in asked:
             check_query(query, top_k)
         limits = self._limits(truncation, max_doc_tokens)
@@ -207,14 +209,15 @@ class AttentionReranker:
         fitted = [self.fit(query, given, limits) for query, (_, given) in zip(queries, asked, strict=True)]
         read = [[candidate.read for candidate in windows[0]] for windows in fitted]
         if any(len(windows) > 1 for windows in fitted) or len({contents(some) for some in read}) > 1:
-            return []
+            return None
         explained = num_explained(explain, top_k, len(asked[0][1]))
-        scored = self.scorer.score_batch(queries, read[0])
-        return [
-            Ranking(query.text, tuple(e.item for e in found)).top(top_k)
-            for query, windows, (layout, scores_KT) in zip(queries, fitted, scored, strict=True)
-            if (found := entrants(windows[0], layout, scores_KT, 0, explained=explained, max_spans=max_spans))
-        ]
+        rankings = []
+        for windows, one, scored in zip(fitted, queries, self.scorer.score_batch(queries, read[0]), strict=True):
+            found = entrants(windows[0], *scored, 0, explained=explained, max_spans=max_spans)
+            rankings.append(Ranking(one.text, tuple(entrant.item for entrant in found)).top(top_k))
+        if progress is not None:
+            progress(1, 1)
+        return rankings
 
     def _limits(self, truncation: Truncation | None, max_doc_tokens: int | None) -> Limits:
         """The reranker's own, but for what a call says."""

@@ -149,7 +149,7 @@ class TokenScorer:
 
     def read(self, reading: Reading) -> None:
         """Compute its prefix, unless it is there: of several threads with the same documents, one reads them."""
-        with reading.lock:
+        with self.backend.locked(), reading.lock:  # in this order: whoever holds the model may read, too
             if reading.prefix is None:
                 reading.prefix = self._placed(self._looked_up(reading.layout))
 
@@ -236,7 +236,7 @@ class TokenScorer:
             return self.backend.read_trunk(_common(one, other), wanted, reading.prefix)
 
         kind = "trunk by document" if spans else "trunk"
-        found: Trunk | None = once(reading, (kind, per_head, instruction), read)
+        found: Trunk | None = self._once(reading, (kind, per_head, instruction), read)
         return found
 
     def _null(self, reading: Reading, per_head: bool, instruction: str | None) -> Float[Tensor, "K T"]:
@@ -246,7 +246,7 @@ class TokenScorer:
             layout = self.prompt(reading, Query(NULL_QUERY, instruction))
             return self._attention(reading, [layout], instruction, per_head)[0]
 
-        null_KT: Tensor = once(reading, ("null", per_head, instruction), read)
+        null_KT: Tensor = self._once(reading, ("null", per_head, instruction), read)
         return null_KT
 
     def _attention(
@@ -272,6 +272,17 @@ class TokenScorer:
         tails, trunk = tails_of(layouts, trunk)
         return self.backend.forward_branches(tails, Wanted(self.heads.heads, per_head), prefix=prefix, trunk=trunk)
 
+    def _once(self, reading: Reading, key: tuple[str, bool, str | None], make: Callable[[], Any]) -> Any:
+        """What is made once per list of documents; the latest stand last."""
+        with self.backend.locked(), reading.lock:
+            if key not in reading.asked:
+                made = make()
+                while len(reading.asked) >= _KEEP_ASKED:
+                    reading.asked.popitem(last=False)
+                reading.asked[key] = made
+            reading.asked.move_to_end(key)
+            return reading.asked[key]
+
     def _weighted(self, layout: PromptLayout, query: Query, scores_KT: Float[Tensor, "K T"]) -> Float[Tensor, "K T"]:
         weights_T = token_weights(layout, query.text, self.refinements)
         return scores_KT if weights_T is None else scores_KT * weights_T.to(scores_KT.device)
@@ -294,18 +305,6 @@ class TokenScorer:
             keys = [key for key, reading in self._known.items() if (reading.prefix is not None) == is_read]
             for key in keys[: max(0, len(keys) - limit)]:
                 del self._known[key]
-
-
-def once(reading: Reading, key: tuple[str, bool, str | None], make: Callable[[], Any]) -> Any:
-    """What is made once per list of documents; the latest stand last."""
-    with reading.lock:
-        if key not in reading.asked:
-            made = make()
-            while len(reading.asked) >= _KEEP_ASKED:
-                reading.asked.popitem(last=False)
-            reading.asked[key] = made
-        reading.asked.move_to_end(key)
-        return reading.asked[key]
 
 
 def tails_of(layouts: Sequence[PromptLayout], trunk: Trunk | None) -> tuple[list[tuple[int, ...]], Trunk | None]:

@@ -14,7 +14,7 @@ from qr_integrations.retrieval.layout import PromptLayout, Query
 from qr_integrations.retrieval.merging import Shares, on_one_scale
 from qr_integrations.retrieval.refinements import average_orders, orders_of
 from qr_integrations.retrieval.scoring import calibrate
-from qr_integrations.retrieval.token_scores import NULL_QUERY, Reading, TokenScorer, once, tails_of
+from qr_integrations.retrieval.token_scores import NULL_QUERY, Reading, TokenScorer, tails_of
 from qr_integrations.types import Document, Span
 
 _ROOM = 2**25  # numbers
@@ -122,7 +122,7 @@ class WindowScorer(TokenScorer):
         def read() -> Shares:
             return self._shares(reading, [self.prompt(reading, Query(NULL_QUERY, instruction))], instruction)[0]
 
-        shares: Shares = once(reading, ("null shares", True, instruction), read)
+        shares: Shares = self._once(reading, ("null shares", True, instruction), read)
         return shares
 
     def _shares(self, reading: Reading, layouts: Sequence[PromptLayout], instruction: str | None) -> list[Shares]:

@@ -4,14 +4,15 @@ import asyncio
 import logging
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
 
 from qr_integrations.backend import Backend
 from qr_integrations.backend.interruptions import check_interruption
-from qr_integrations.chatting import ChatSettings
+from qr_integrations.chatting import MODEL_NAME, ChatSettings
+from qr_integrations.errors import QRError, WindowError
 from qr_integrations.reranking import RerankSettings
 from qr_integrations.retrieval.token_scores import contents
 from qr_integrations.serving.model_queue import KINDS, Job, Kind, ModelQueue, too_late
@@ -68,11 +69,11 @@ class LocalEngine:
         """Refuse new work, finish what there is within `grace` seconds, call off the rest."""
         self._state = "draining"
         if self._loading is not None:
-            await asyncio.gather(self._loading, return_exceptions=True)
+            await asyncio.wait({self._loading}, timeout=grace)
         stopping = [asyncio.to_thread(queue.stop, grace) for queue in self._queues()]
         await asyncio.gather(*stopping)
         for served in self._served.values():
-            if served.ranking is not None and served.ranking.cache is not None:
+            if served.ranking is not None:
                 await asyncio.to_thread(served.ranking.cache.flush)
 
     async def models(self) -> tuple[ModelCard, ...]:
@@ -110,8 +111,8 @@ class LocalEngine:
         served = self._chatting(work)
 
         def run(works: Sequence[ChatWork]) -> list[Said]:
-            answers = [served.chatting.give_answer(one.messages, one.settings) for one in works]
-            return [_said(served.chatting, one, answer) for one, answer in zip(works, answers, strict=True)]
+            self._check_conversation(served, works[0])
+            return [_said(served, works[0], served.chatting.give_answer(works[0].messages, works[0].settings))]
 
         said: Said = await self._done(served, "chat", run, work, None)
         return said
@@ -127,19 +128,19 @@ class LocalEngine:
                 loop.call_soon_threadsafe(pieces.put_nowait, piece)
 
         def run(works: Sequence[ChatWork]) -> list[None]:
+            self._check_conversation(served, works[0])
             for piece in served.chatting.stream_answer(works[0].messages, works[0].settings):
-                tell(piece.delta if piece.answer is None else _said(served.chatting, works[0], piece.answer))
+                tell(piece.delta if piece.answer is None else _said(served, works[0], piece.answer))
             return [None]
 
         job = self._submitted(served, "chat", run, work, None)
         job.result.add_done_callback(lambda _: tell(None))
         try:
-            while (piece := await asyncio.wait_for(pieces.get(), _seconds_left(job))) is not None:
+            while (piece := await _next_of(pieces, job.deadline)) is not None:
                 yield piece
-            if not job.result.cancelled():
-                job.result.result()
-        except TimeoutError:
-            raise too_late() from None
+            job.result.result()
+        except QRError as error:
+            raise _by_its_id(error, served) from None
         finally:
             served.queue.cancel(job)
 
@@ -151,14 +152,16 @@ class LocalEngine:
         time; ``"batches"``: how many rankings ran together -> how often; ``"cache_hits"``, ``"cache_misses"``:
         documents; ``"cache_bytes"``, ``"cache_documents"``: what the store holds now; ``"loaded"``: model -> True.
         """
-        told: dict[str, Any] = {"loaded": dict.fromkeys(self._served, True), "batches": Counter()}
+        by_kind = ("queue_depth", "done", "refused", "cancelled", "seconds")
+        told: dict[str, Any] = {"loaded": dict.fromkeys(self._served, True), "batches": Counter(), "running": {}}
+        told |= {name: {} for name in by_kind}
         for queue in self._queues():
-            told.setdefault("running", {})[queue.name] = queue.num_running
+            told["running"][queue.name] = queue.num_running
             told["batches"].update(queue.stats.batches.copy())
             for kind in KINDS:
-                told.setdefault("queue_depth", {})[queue.name, kind] = queue.depth(kind)
-                for name in ("done", "refused", "cancelled", "seconds"):
-                    told.setdefault(name, {})[queue.name, kind] = getattr(queue.stats, name)[kind]
+                told["queue_depth"][queue.name, kind] = queue.depth(kind)
+                for name in by_kind[1:]:
+                    told[name][queue.name, kind] = getattr(queue.stats, name)[kind]
         for served in self._served.values():
             if served.ranking is not None:
                 cache = served.ranking.cache.stats()
@@ -170,7 +173,9 @@ class LocalEngine:
         try:
             self._served = await asyncio.to_thread(self._load_models)
         except Exception as error:
-            self.failure, self._state = error, "failed"
+            self.failure = error
+            if self._state == "loading":
+                self._state = "failed"
             _log.error("the models cannot be loaded: %s", error)
             return
         if self._state == "loading":
@@ -181,14 +186,16 @@ class LocalEngine:
         names = {settings.name: settings.model}
         if settings.vision_name is not None and settings.vision_model is not None:
             names[settings.vision_name] = settings.vision_model
-        served, queues = {}, {}
-        for name, path in names.items():
-            backend = Backend.load(path, device=settings.device, dtype=settings.dtype, device_map=settings.device_map)
+        how: dict[str, Any] = {name: getattr(settings, name) for name in ("device", "dtype", "device_map")}
+        backends = {name: Backend.load(path, **how) for name, path in names.items()}
+        ranks = _rank_settings(settings, backends[settings.name])
+        ranks.open()  # says now what is wrong with the heads
+        served: dict[str, _Served] = {}
+        queues: dict[int, ModelQueue] = {}
+        for name, backend in backends.items():
             if id(backend) not in queues:
                 queues[id(backend)] = ModelQueue(name, size=settings.queue_size, max_batch=settings.max_batch)
-            ranking = _rank_settings(settings, backend) if name == settings.name else None
-            if ranking is not None:
-                ranking.open()  # says now what is wrong with the heads
+            ranking = ranks if name == settings.name else None
             card = ModelCard(name, ranking is not None, True, backend.sees_pictures, backend.max_tokens)
             chatting = ChatSettings(backend=backend, max_new_tokens=settings.default_new_tokens)
             served[name] = _Served(card, backend, queues[id(backend)], ranking, chatting)
@@ -225,6 +232,8 @@ class LocalEngine:
             return await asyncio.wait_for(asyncio.wrap_future(job.result), self.settings.deadline)
         except TimeoutError:
             raise too_late() from None
+        except QRError as error:
+            raise _by_its_id(error, served) from None
         finally:
             served.queue.cancel(job)
 
@@ -233,8 +242,7 @@ class LocalEngine:
         first = works[0]
         ranking = served.ranking
         assert ranking is not None
-        for work in works:
-            self._check_length(served.backend, work)
+        self._check_length(served.backend, [*_texts_of(first), *(work.query for work in works[1:])])
         most = max(len(first.documents) if work.top_n is None else work.top_n for work in works)
         rankings: list[Ranking] = ranking.open().rank_batch(
             [work.query for work in works],
@@ -250,21 +258,39 @@ class LocalEngine:
             for work, found in zip(works, rankings, strict=True)
         ]
 
-    def _check_length(self, backend: Backend, work: RankWork) -> None:
-        """Whether it is not too long, as it was sent; tokens are counted only where there may be too many."""
-        limit = self.settings.max_request_tokens
-        texts = [work.query, *(f"{document.title or ''}\n{document.text}" for document in work.documents)]
+    def _check_conversation(self, served: _Served, work: ChatWork) -> None:
+        """Whether its text is not longer than the model's window, before all of it is made tokens."""
+        texts = [message.text for message in work.messages]
+        window = served.card.max_tokens
+        if window is not None and self._counts_more(served.backend, texts, window):
+            raise WindowError(
+                f"the conversation has more tokens than the {window:,} that {served.card.id!r} holds: send fewer or "
+                "shorter messages"
+            )
+
+    def _check_length(self, backend: Backend, texts: Sequence[str]) -> None:
+        """Whether documents are not too long, as they were sent."""
+        if self._counts_more(backend, texts, limit := self.settings.max_request_tokens):
+            raise TooLarge(
+                f"more than {limit:,} tokens, which is what is taken: send fewer documents, or raise "
+                "--max-request-tokens"
+            )
+
+    def _counts_more(self, backend: Backend, texts: Sequence[str], limit: int) -> bool:
+        """Whether texts have more tokens than that; they are counted only where they may, and only so far."""
         if sum(len(text.encode(errors="replace")) for text in texts) <= limit:  # no token is shorter than a byte
-            return
+            return False
         count = 0
         for part in (text[start : start + _COUNTED] for text in texts for start in range(0, len(text), _COUNTED)):
             check_interruption()
             count += len(backend.tokenizer(part, add_special_tokens=False)["input_ids"])
             if count > limit:
-                raise TooLarge(
-                    f"more than {limit:,} tokens, which is what is taken: send fewer documents, or raise "
-                    "--max-request-tokens"
-                )
+                return True
+        return False
+
+
+def _texts_of(work: RankWork) -> list[str]:
+    return [work.query, *(f"{document.title or ''}\n{document.text}" for document in work.documents)]
 
 
 def _rank_settings(settings: ServerSettings, backend: Backend) -> RerankSettings:
@@ -279,8 +305,21 @@ def _rank_settings(settings: ServerSettings, backend: Backend) -> RerankSettings
     )
 
 
-def _seconds_left(job: Job) -> float:
-    return max(0.0, job.deadline - time.monotonic())
+async def _next_of(pieces: "asyncio.Queue[str | Said | None]", deadline: float) -> str | Said | None:
+    """What is there, however late; else what comes in time."""
+    if not pieces.empty():
+        return pieces.get_nowait()
+    try:
+        return await asyncio.wait_for(pieces.get(), max(0.0, deadline - time.monotonic()))
+    except TimeoutError:
+        raise too_late() from None
+
+
+def _by_its_id(error: QRError, served: _Served) -> QRError:
+    """The same error, in which the model is called what clients call it: its own name may be a path."""
+    told = str(error).replace(repr(served.backend.name), repr(served.card.id))
+    error.args = (told.replace(served.backend.name, served.card.id), *error.args[1:])
+    return error
 
 
 def _truncation(work: RankWork) -> Any:
@@ -294,8 +333,8 @@ def _ranked(settings: RerankSettings, work: RankWork, ranking: Ranking, query_to
     return Ranked(tuple(told.relevances_of(ranking, work.top_n)), num_tokens, ranking.notes)
 
 
-def _said(settings: ChatSettings, work: ChatWork, answer: Answer) -> Said:
-    metadata: Mapping[str, Any] = settings.answer_metadata(answer, work.settings)
+def _said(served: _Served, work: ChatWork, answer: Answer) -> Said:
+    metadata = {**served.chatting.answer_metadata(answer, work.settings), MODEL_NAME: served.card.id}
     maps = tuple(_heat_map(look) for look in answer.steps.get("crop", ())) if work.heat_maps else ()
     return Said(answer.text, answer.finish_reason, answer.usage, metadata, maps)
 

@@ -113,13 +113,99 @@ def test_who_waits_for_a_model_can_leave(qr_mini: "Backend") -> None:
 
 
 def test_blocks_within_blocks_ask_everybody() -> None:
-    from qr_integrations.backend.interruptions import check_interruption, may_be_interrupted
+    from qr_integrations.backend.interruptions import check_interruption, uninterrupted
 
     outer, inner = Patience(2), Patience(10)
     with interruptible(outer.check):
         with interruptible(inner.check):
             check_interruption()
+            with uninterrupted():
+                check_interruption()
         check_interruption()
         with pytest.raises(Cancelled), interruptible(inner.check):
             check_interruption()
-    assert (outer.asked, inner.asked) == (3, 1) and not may_be_interrupted()
+    check_interruption()
+    assert (outer.asked, inner.asked) == (3, 1)
+
+
+def test_a_long_conversation_is_read_in_chunks_and_answered_alike(qr_mini: "Backend") -> None:
+    from qr_integrations.backend import answering
+
+    question = " ".join(DOCUMENTS)[:9000] + " Which boats were late?"
+    endless = Patience(10**6)
+    with interruptible(endless.check):
+        found = qr_mini.answer(question, max_new_tokens=8)
+    num_tokens = found.usage.prompt_tokens
+    assert num_tokens > 2048 and endless.asked >= num_tokens // 1024 + 8
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(answering, "read_in_chunks", lambda backend, prompt: None)
+        whole = qr_mini.answer(question, max_new_tokens=8)
+        beams = qr_mini.answer(question, max_new_tokens=8, num_beams=2)
+    assert (found.text, found.usage) == (whole.text, whole.usage)
+    assert qr_mini.answer(question, max_new_tokens=8, num_beams=2).text == beams.text
+    assert qr_mini.answer(question, max_new_tokens=8, deco=DeCo()).steps["deco"].as_dict()["num_steps"] <= 8
+
+
+def test_a_sampled_answer_does_not_wait_with_the_model_in_its_hands(qr_mini: "Backend", qr_mini_vl: "Backend") -> None:
+    begun, go_on, ranked = threading.Event(), threading.Event(), threading.Event()
+
+    def pause() -> None:
+        begun.set()
+        assert go_on.wait(30)
+
+    def sample(backend: "Backend", **how: Any) -> None:
+        with interruptible(lambda: None, how.get("between", lambda: None)):
+            backend.answer("What?", temperature=1.0, max_new_tokens=3, seed=1)
+
+    def rank() -> None:
+        QRHeadReranker(qr_mini_vl, heads="all").rank("which", ["a boat", "a river"])
+        ranked.set()
+
+    threads = [threading.Thread(target=sample, args=(qr_mini,), kwargs={"between": pause})]
+    threads[0].start()
+    assert begun.wait(30)
+    threads += [threading.Thread(target=sample, args=(qr_mini_vl,)), threading.Thread(target=rank)]
+    for thread in threads[1:]:
+        thread.start()
+    try:
+        assert ranked.wait(30)
+    finally:
+        go_on.set()
+        for thread in threads:
+            thread.join(30)
+    assert not any(thread.is_alive() for thread in threads)
+
+
+def test_a_reranker_is_shared_by_a_thread_that_answers(qr_mini: "Backend") -> None:
+    reranker = QRHeadReranker(qr_mini)
+    others: list[threading.Thread] = []
+
+    def rank_here_and_there() -> None:
+        if not others:
+            others.append(threading.Thread(target=reranker.rank, args=(QUESTION, DOCUMENTS[:3])))
+            others[0].start()
+            assert not others[0].join(0.2)
+        reranker.rank(QUESTION, DOCUMENTS[:3])
+
+    with interruptible(lambda: None, rank_here_and_there):
+        qr_mini.answer("What?", max_new_tokens=3)
+    others[0].join(30)
+    assert not others[0].is_alive()
+
+
+@pytest.mark.parametrize("count", range(8))
+def test_what_a_model_can_do_is_found_out_undisturbed(count: int) -> None:
+    backend = seeing.fresh("llava")
+    patience = Patience(count)
+
+    def check() -> None:
+        try:
+            patience.check()
+        except Cancelled as error:
+            raise ValueError("not one of ours") from error
+
+    reranker = QRHeadReranker(backend, heads="all")
+    with pytest.raises(ValueError, match="not one of ours"), interruptible(check):
+        reranker.rank("which", ["a boat", "a river"])
+        raise ValueError("not one of ours")
+    assert set(backend._continuations.values()) <= {"keys", "values"} and set(backend._branching.values()) <= {True}

@@ -82,3 +82,13 @@ def test_one_bad_query_is_named(qr_mini: "Backend") -> None:
     with pytest.raises(InputError, match="query is empty"):
         make(qr_mini).rank_batch(["who?", " "], [DOCUMENTS] * 2)
     assert [len(one) for one in make(qr_mini).rank_batch(["a", "b"], [[], []])] == [0, 0]
+
+
+def test_progress_and_wrong_numbers_of_spans(qr_mini: "Backend") -> None:
+    from qr_integrations.errors import InputError
+
+    told: list[tuple[int, int]] = []
+    make(qr_mini).rank_batch(QUERIES[:2], [DOCUMENTS] * 2, progress=lambda done, total: told.append((done, total)))
+    assert told == [(1, 1)]
+    with pytest.raises(InputError, match="max_spans must be at least 1"):
+        make(qr_mini).rank_batch(QUERIES[:2], [DOCUMENTS] * 2, max_spans=0)

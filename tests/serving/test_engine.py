@@ -1,8 +1,10 @@
 """The engine that requests of all APIs end at: the numbers of the library, whoever else is asking meanwhile."""
 
 import asyncio
+import shutil
 import time
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -12,7 +14,7 @@ from pydantic import ValidationError
 
 from qr_integrations import QRHeadReranker
 from qr_integrations.bundled import read_detection_lists
-from qr_integrations.errors import InputError, LoadError
+from qr_integrations.errors import InputError, LoadError, QRError, WindowError
 from qr_integrations.serving.engine import LocalEngine
 from qr_integrations.serving.refusals import NotReady, OutOfTime, Overloaded, TooLarge, UnknownModel
 from qr_integrations.serving.settings import ServerSettings
@@ -262,3 +264,91 @@ def test_names_are_never_paths(tmp_path: Any) -> None:
         ServerSettings(model="qr-mini", vision_model="other", vision_model_id="qr-mini")
     with pytest.raises(ValidationError, match="API key is empty"):
         ServerSettings(model="qr-mini", api_keys=(" ",))
+
+
+async def test_works_that_differ_are_not_told_alike_however_they_wait(engine: LocalEngine) -> None:
+    judged, other = LISTS[0], tuple(replace(document, id="mine") for document in LISTS[0].documents)
+    works = [
+        ask(judged),
+        ask(judged, instruction="Find what is not about it."),
+        ask(judged, explain=True),
+        ask(judged, explain=True, max_spans=1),
+        ask(judged, top_n=2),
+        ask(judged, raw_scores=True),
+        ask(judged, max_doc_tokens=8),
+        ask(judged, max_doc_tokens=40, truncate=False),
+        RankWork("another question", judged.documents),
+        RankWork("another question", other, top_n=1, explain=True),
+    ]
+    alone = [await engine.rank(work) for work in works]
+    first = asyncio.ensure_future(engine.rank(RankWork("boats", LONG)))
+    await asyncio.sleep(0.05)
+    together = await asyncio.gather(*map(engine.rank, works))
+    await first
+    assert sum(size * count for size, count in engine.stats()["batches"].items() if size > 1) >= 6
+    for one, other_one in zip(alone, together, strict=True):
+        assert scores(other_one) == pytest.approx(scores(one), abs=1e-6) and other_one.num_tokens == one.num_tokens
+        assert [told.spans and len(told.spans) for told in one.relevances] == [
+            told.spans and len(told.spans) for told in other_one.relevances
+        ]
+        assert [told.score for told in other_one.relevances] == pytest.approx(
+            [told.score for told in one.relevances], abs=1e-5
+        )
+
+
+async def test_a_place_in_the_queue_is_free_when_its_client_has_gone() -> None:
+    engine = await ready(queue_size=2, max_batch=1, vision_model=None)
+    long = asyncio.ensure_future(engine.rank(RankWork("boats", LONG)))
+    await asyncio.sleep(0.05)
+    waiting = [asyncio.ensure_future(engine.rank(ask(judged))) for judged in LISTS[:2]]
+    await asyncio.sleep(0.01)
+    with pytest.raises(Overloaded):
+        await engine.rank(ask(LISTS[2]))
+    for task in waiting:
+        task.cancel()
+    await asyncio.gather(*waiting, return_exceptions=True)
+    assert engine.stats()["queue_depth"]["qr-mini", "rank"] == 0
+    assert engine.stats()["cancelled"]["qr-mini", "rank"] == 2
+    assert (await engine.rank(ask(LISTS[2]))).relevances and (await long).relevances
+    await engine.stop(1.0)
+
+
+async def test_whoever_waits_when_the_server_stops_is_told_so() -> None:
+    engine = await ready(vision_model=None)
+
+    async def streamed() -> list[str | Said]:
+        return [piece async for piece in engine.stream(ChatWork("qr-mini", (Message.user("Hello?"),)))]
+
+    running = asyncio.ensure_future(engine.rank(RankWork("boats", LONG)))
+    await asyncio.sleep(0.05)
+    waiting = [asyncio.ensure_future(engine.rank(ask(LISTS[0]))), asyncio.ensure_future(streamed())]
+    await asyncio.sleep(0.01)
+    await engine.stop(0.0)
+    for refused in await asyncio.gather(running, *waiting, return_exceptions=True):
+        assert isinstance(refused, NotReady) and refused.retry_after
+
+
+async def test_clients_never_see_where_a_model_lies(tmp_path: Any) -> None:
+    from qr_integrations.bundled import bundled_path
+
+    folder = tmp_path / "secret" / "acme"
+    shutil.copytree(bundled_path("qr-mini"), folder)
+    engine = await ready(model=str(folder), vision_model=None)
+    assert [card.id for card in await engine.models()] == ["acme"]
+    said = await engine.chat(ChatWork("acme", (Message.user("Hello?"),), {"max_new_tokens": 1}))
+    assert said.metadata["model_name"] == "acme"
+    for work in (
+        ChatWork("acme", (Message.user("long " * 40_000),)),
+        ChatWork("acme", (Message.user("Hello?"),), {"deco": {"layers": [99]}}),
+    ):
+        with pytest.raises(QRError) as told:
+            await engine.chat(work)
+        assert "secret" not in str(told.value)
+    await engine.stop(1.0)
+
+
+async def test_a_long_conversation_is_refused_before_it_is_made_tokens(engine: LocalEngine) -> None:
+    started = time.perf_counter()
+    with pytest.raises(WindowError, match="more tokens than the 32,768 that 'qr-mini' holds"):
+        await engine.chat(ChatWork("qr-mini", (Message.user("word " * 2_000_000),)))
+    assert time.perf_counter() - started < 5
