@@ -10,16 +10,11 @@ from typing import Any
 from qr_integrations.errors import InputError, ModelError
 from qr_integrations.serving.bulk_inputs import Shard
 from qr_integrations.serving.bulk_workers import ShardReport, ShardWorker
+from qr_integrations.serving.ray_start import start_ray
 
 _STORE = 128 * 2**20  # bytes; shards and reports are small, lists never pass through it
 _MOST_BLOCKS = 1000  # of Ray Data, each some shards one after the other: making a block takes milliseconds
 _MOST_FAILURES = 10  # shards that fail before the rest is given up
-_QUIET = {
-    "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_BACKEND_LOG_LEVEL": "fatal",
-    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-    "RAY_DEDUP_LOGS": "0",
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,43 +51,16 @@ def ray_started(workers: Workers) -> Iterator[None]:
     Raises:
         InputError: there is a Ray in this process already, or the cluster cannot be reached.
     """
-    for name, value in _QUIET.items():
-        os.environ.setdefault(name, value)
     import ray
 
     if ray.is_initialized():
         raise InputError("Ray runs in this process already: call ray.shutdown() first")
-    options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
-    if not os.environ.get("RAY_ADDRESS"):
-        options |= {
-            "address": "local",
-            "include_dashboard": False,
-            "_node_ip_address": "127.0.0.1",
-            "object_store_memory": _STORE,
-        }
-        options["num_cpus"] = max(os.cpu_count() or 1, workers.replicas * (workers.threads or 1))
-    try:
-        with _silence():
-            ray.init(**options)
-    except (ConnectionError, RuntimeError, ValueError) as error:
-        raise InputError(f"Ray cannot be started ({error}): check RAY_ADDRESS, and RAY_AUTH_TOKEN") from error
+    asked = workers.replicas * (workers.threads or 1)
+    start_ray(asked, object_store=_STORE, log_to_driver=False, logging_level=logging.ERROR)
     try:
         yield
     finally:
         ray.shutdown()
-
-
-@contextmanager
-def _silence() -> Iterator[None]:
-    """Standard error goes nowhere: Ray's part in C++ tells there how it was told to be quiet."""
-    kept = os.dup(2)
-    try:
-        with open(os.devnull, "w") as nowhere:
-            os.dup2(nowhere.fileno(), 2)
-        yield
-    finally:
-        os.dup2(kept, 2)
-        os.close(kept)
 
 
 def work_through(

@@ -19,6 +19,7 @@ from pydantic import Field, SecretStr
 
 from qr_integrations.errors import InputError, MissingExtra, ModelError, QRError
 from qr_integrations.serving.app import create_app
+from qr_integrations.serving.ray_start import start_ray
 from qr_integrations.serving.run import serve as serve_http
 from qr_integrations.serving.settings import ServerSettings
 from qr_integrations.serving.work import ChatWork, Ranked, RankWork, Said
@@ -163,7 +164,8 @@ def run(
     """
     if _most(replicas) < 1:
         raise InputError(f"replicas={replicas}: pass 1 or more")
-    is_ours = _start_ray(_most(replicas) * (num_cpus or 1))
+    asked = _most(replicas) * (num_cpus or 1)
+    is_ours = not ray.is_initialized() and start_ray(asked, object_store=_OBJECT_STORE, logging_level="WARNING")
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     try:
         serve.start(proxy_location="Disabled", logging_config=_QUIET)
@@ -228,28 +230,6 @@ def _models(settings: ServerSettings, replicas: Replicas, num_cpus: float | None
         **options,
     )
     return deployment.bind(settings.model_copy(update={"api_keys": ()}))
-
-
-def _start_ray(num_cpus: float) -> bool:
-    """Join the cluster that there is, or start one that takes so much on; True: it is this process's own."""
-    if ray.is_initialized():
-        return False
-    quiet: dict[str, Any] = {"logging_level": "WARNING"}
-    if os.environ.get("RAY_ADDRESS"):
-        ray.init(**quiet)
-        return False
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # as Ray will do; it warns otherwise
-    os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's 15 lets everything else on the machine go first
-    ray.init(
-        address="local",
-        include_dashboard=False,
-        num_cpus=max(_cores(), math.ceil(num_cpus)),
-        object_store_memory=_OBJECT_STORE,
-        _node_ip_address="127.0.0.1",
-        **quiet,
-    )
-    return True
 
 
 def _gpus_of_each(settings: ServerSettings, most: int) -> float:
