@@ -10,7 +10,9 @@ from qr_integrations.errors import InputError
 from qr_integrations.serving import ServerSettings
 
 KEYS_VARIABLE = "QR_API_KEYS"
-_NOT_SETTINGS = frozenset({"command", "ray", "replicas", "debug", "cache_mib", "api_keys_file", "normalize"})
+_NOT_SETTINGS = frozenset(
+    {"command", "ray", "replicas", "debug", "cache_mib", "cache_disk_mib", "api_keys_file", "normalize"}
+)
 _MIB = 2**20
 
 
@@ -49,6 +51,8 @@ def settings_of(args: argparse.Namespace) -> ServerSettings:
     given: dict[str, Any] = {name: value for name, value in vars(args).items() if name not in _NOT_SETTINGS}
     if "cache_mib" in args:
         given["cache_bytes"] = args.cache_mib * _MIB
+    if "cache_disk_mib" in args:
+        given["cache_disk_bytes"] = args.cache_disk_mib * _MIB
     if "normalize" in args:
         given["normalize"] = None if args.normalize == "none" else args.normalize
     from qr_integrations.serving.run import read_settings

@@ -19,7 +19,7 @@ _LIMITS = (
     ("--default-new-tokens", "longest answer where the request does not say (default: 256)"),
     ("--max-pictures", "of a conversation (default: 8)"),
     ("--max-picture-bytes", "of each (default: 20 MiB)"),
-    ("--max-picture-pixels", "of each (default: 64 million)"),
+    ("--max-picture-pixels", "of each (default: 25 million)"),
 )
 
 
@@ -76,7 +76,7 @@ def _add_access(serve: argparse.ArgumentParser) -> None:
         dest="allowed_hosts",
         action="append",
         metavar="NAME",
-        help="that requests may call the server by, or * (default: this machine's own where it alone is listened to)",
+        help="a name of the server besides localhost, or *: any (default: none while --host is this machine, else *)",
     )
     serve.add_argument("--allow-urls", action="store_true", help="fetch pictures from public http(s) addresses")
     serve.add_argument("--log-text", action="store_true", help="write what is asked into the log, too")
@@ -85,6 +85,12 @@ def _add_access(serve: argparse.ArgumentParser) -> None:
 def _add_amounts(serve: argparse.ArgumentParser) -> None:
     serve.add_argument("--cache-mib", type=int, metavar="N", help="memory for documents read before (default: 1024)")
     serve.add_argument("--cache-folder", metavar="FOLDER", help="where they go when that is full (default: nowhere)")
+    serve.add_argument("--cache-disk-mib", type=int, metavar="N", help="of the files there (default: no limit)")
+    serve.add_argument(
+        "--cache-dtype",
+        choices=["auto", "float32", "float16", "bfloat16", "int8"],
+        help="how they are kept (default: as the model computes them)",
+    )
     serve.add_argument("--queue-size", type=int, metavar="N", help="requests that wait for a model (default: 64)")
     serve.add_argument("--deadline", type=float, metavar="S", help="seconds that a request has (default: 120)")
     serve.add_argument("--grace", type=float, metavar="S", help="seconds to finish when told to stop (default: 30)")

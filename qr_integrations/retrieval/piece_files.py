@@ -38,6 +38,7 @@ class PieceFiles:
     def __init__(self, folder: Path, max_bytes: int | None) -> None:
         self.folder, self.max_bytes = folder, max_bytes
         self._sizes: OrderedDict[str, int] = OrderedDict()  # least recently used first
+        self._num_bytes = 0  # of all of them
         self._lock = threading.Lock()
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -46,7 +47,7 @@ class PieceFiles:
             raise InputError(f"{str(folder)!r} cannot hold documents ({error}): pass a folder to write to") from error
         for used, path, size in found:
             if path.suffix == _ENDING:
-                self._sizes[path.stem] = size
+                self._note(path.stem, size)
             elif used < time.time() - _ABANDONED:
                 _unlink(path)
         self._trim()
@@ -60,8 +61,7 @@ class PieceFiles:
     @property
     def num_bytes(self) -> int:
         """Of the files that this object knows."""
-        with self._lock:
-            return sum(self._sizes.values())
+        return self._num_bytes
 
     def load(self, key: str) -> Piece | None:
         """A piece, in main memory; None where there is none, or none that is whole."""
@@ -72,7 +72,7 @@ class PieceFiles:
             if not isinstance(error, FileNotFoundError):
                 _log.warning("%s cannot be read (%s): the document is read again", path, error)
             with self._lock:
-                self._sizes.pop(key, None)
+                self._forget(key)
             return None
         try:
             piece = _unpacked(key, content)
@@ -83,8 +83,7 @@ class PieceFiles:
         with suppress(OSError):
             os.utime(path)
         with self._lock:
-            self._sizes[key] = len(content)
-            self._sizes.move_to_end(key)
+            self._note(key, len(content))
         return piece
 
     def save(self, key: str, piece: Piece) -> None:
@@ -98,8 +97,7 @@ class PieceFiles:
             _log.warning("%s cannot be written (%s): the document is not kept on disk", self._path(key), error)
             return
         with self._lock:
-            self._sizes[key] = len(content)
-            self._sizes.move_to_end(key)
+            self._note(key, len(content))
         self._trim()
 
     def clear(self) -> None:
@@ -109,18 +107,29 @@ class PieceFiles:
                 _unlink(path)
         with self._lock:
             self._sizes.clear()
+            self._num_bytes = 0
 
     def _trim(self) -> None:
         while True:
             with self._lock:
-                if self.max_bytes is None or sum(self._sizes.values()) <= self.max_bytes:
+                if self.max_bytes is None or self._num_bytes <= self.max_bytes:
                     return
-                key, _ = self._sizes.popitem(last=False)
+                key = next(iter(self._sizes))
+                self._forget(key)
             _unlink(self._path(key))
+
+    def _note(self, key: str, size: int) -> None:
+        """It was used last."""
+        self._forget(key)
+        self._sizes[key] = size
+        self._num_bytes += size
+
+    def _forget(self, key: str) -> None:
+        self._num_bytes -= self._sizes.pop(key, 0)
 
     def _remove(self, key: str) -> None:
         with self._lock:
-            self._sizes.pop(key, None)
+            self._forget(key)
         _unlink(self._path(key))
 
     def _path(self, key: str) -> Path:

@@ -299,7 +299,12 @@ def _rank_settings(settings: ServerSettings, backend: Backend) -> RerankSettings
     same = ("method", "heads", "normalize", "truncation", "max_context_tokens")
     return RerankSettings(
         backend=backend,
-        cache=DocumentCache(settings.cache_bytes, folder=settings.cache_folder),
+        cache=DocumentCache(
+            settings.cache_bytes,
+            folder=settings.cache_folder,
+            max_disk_bytes=settings.cache_disk_bytes,
+            kv_dtype=settings.cache_dtype,
+        ),
         refinements={"layout": settings.layout},
         **{name: getattr(settings, name) for name in same},
     )
