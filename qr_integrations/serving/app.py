@@ -3,17 +3,18 @@
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
-from fastapi import FastAPI
+from fastapi import Depends, FastAPI
+from fastapi.security import HTTPBearer
 
 from qr_integrations.serving.chat_api import chat_routes
 from qr_integrations.serving.counting import CountingEngine
 from qr_integrations.serving.guards import AllowedHosts, ApiKeys, Bodies, RequestIds, SecurityHeaders
-from qr_integrations.serving.http_errors import tell_errors
+from qr_integrations.serving.http_errors import SCHEMA_PATH, tell_errors
 from qr_integrations.serving.metrics import Metrics
 from qr_integrations.serving.page_api import page_routes
 from qr_integrations.serving.request_log import Watched
 from qr_integrations.serving.rerank_api import rerank_routes
-from qr_integrations.serving.service_api import service_routes
+from qr_integrations.serving.service_api import probe_routes, service_routes
 from qr_integrations.serving.settings import ServerSettings
 from qr_integrations.serving.work import Engine
 from qr_integrations.version import __version__
@@ -43,12 +44,22 @@ def create_app(settings: ServerSettings, engine: Engine | None = None) -> FastAP
         finally:
             await worker.stop(grace)
 
-    app = FastAPI(title="qr-integrations", version=__version__, docs_url=None, redoc_url=None, lifespan=lifespan)
+    app = FastAPI(
+        title="qr-integrations",
+        version=__version__,
+        openapi_url=SCHEMA_PATH,
+        docs_url=None,
+        redoc_url=None,
+        lifespan=lifespan,
+    )
     app.state.engine = worker
     metrics, counted = Metrics(worker), CountingEngine(worker, log_text=settings.log_text)
-    app.include_router(rerank_routes(counted, settings))
-    app.include_router(chat_routes(counted, settings))
-    app.include_router(service_routes(counted, settings, metrics))
+    # `ApiKeys` asks for the key; here the schema is told.
+    locks = [Depends(HTTPBearer(auto_error=False))] if settings.api_keys else []
+    app.include_router(rerank_routes(counted, settings), dependencies=locks)
+    app.include_router(chat_routes(counted, settings), dependencies=locks)
+    app.include_router(service_routes(counted, metrics), dependencies=locks)
+    app.include_router(probe_routes(counted))
     app.include_router(page_routes(settings))
     tell_errors(app)
     _guard(app, settings, metrics)

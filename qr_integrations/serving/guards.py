@@ -14,15 +14,19 @@ from itertools import islice
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from qr_integrations.serving.http_errors import Trouble, as_response, trouble_of
+from qr_integrations.serving.http_errors import SCHEMA_PATH, Trouble, as_response, current_request_id, trouble_of
 from qr_integrations.serving.refusals import Overloaded
 from qr_integrations.serving.room import Room, Share
 from qr_integrations.serving.settings import ServerSettings
 
-PUBLIC_PATHS = frozenset({"/", "/health", "/ready", "/openapi.json", "/favicon.ico"})
+_PROBED_PATHS = frozenset({"/health", "/ready"})
+PUBLIC_PATHS = frozenset({"/", SCHEMA_PATH, *_PROBED_PATHS})
 PUBLIC_FOLDER = "/page/"
+_READING = ("GET", "HEAD")
 _QUOTE = ord('"')
 _BODIES_AT_ONCE = 8  # of the longest; shorter ones may be more
+_SHORT_BODY, _REQUESTS_AT_ONCE = 64 * 2**10, 1000  # short bodies need no room: so many of them take little
+_BYTES_A_SECOND, _SECONDS_BEHIND = 64 * 2**10, 10.0  # how fast bodies come at least, and how long they may stop
 _SANE_ID = re.compile(r"[A-Za-z0-9._:\-]{1,128}")
 _FEWEST_VALUES, _VALUES_PER_DOCUMENT = 50_000, 20  # beyond, reading the JSON alone would hold up everybody else
 _JSON_PARTS = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"?|[,\[{]', re.DOTALL)
@@ -41,6 +45,30 @@ async def refuse(scope: Scope, receive: Receive, send: Send, trouble: Trouble) -
     """Answer a request with an error in the shape of its path; log and metrics learn the code."""
     scope["state"]["code"] = trouble.code
     await as_response(scope["path"], trouble)(scope, receive, send)
+
+
+async def refuse_unread(scope: Scope, receive: Receive, send: Send, trouble: Trouble) -> None:
+    """Refuse a request whose body has not been read, and throw away what is still coming for a while.
+
+    Who is cut off while sending hears no answer. Afterwards the connection is closed: nobody knows where the next
+    request would begin.
+    """
+    if not _has_body(Headers(scope=scope)):
+        return await refuse(scope, receive, send, trouble)
+
+    async def lingering(message: Message) -> None:
+        if message["type"] == "http.response.body":
+            await send({**message, "more_body": True})
+            await _drain(receive)
+            message = {"type": "http.response.body"}
+        await send(message)
+
+    closing = replace(trouble, headers={**trouble.headers, "Connection": "close"})
+    await refuse(scope, receive, lingering, closing)
+
+
+def _has_body(headers: Headers) -> bool:
+    return "transfer-encoding" in headers or headers.get("content-length", "0").strip("0") != ""
 
 
 class RequestIds:
@@ -62,7 +90,11 @@ class RequestIds:
                 MutableHeaders(scope=message)["X-Request-Id"] = number
             await send(message)
 
-        await self.app(scope, receive, numbered)
+        before = current_request_id.set(number)
+        try:
+            await self.app(scope, receive, numbered)
+        finally:
+            current_request_id.reset(before)
 
 
 class SecurityHeaders:
@@ -87,36 +119,42 @@ class SecurityHeaders:
 class AllowedHosts:
     """Requests must call the server by a name of its own.
 
-    A web page whose name was bound to this machine's address meanwhile sends its own name.
+    A web page whose name was bound to this machine's address meanwhile sends its own name. Addresses are no names:
+    where one stands, nothing was looked up. Whether the server lives is told to everybody.
     """
 
     def __init__(self, app: ASGIApp, settings: ServerSettings) -> None:
         self.app = app
         given = {_plain(name) for name in settings.allowed_hosts}
-        here = is_loopback(settings.host)
-        self.all = "*" in given or (not given and not here)
-        self.loopback = here and not given
+        self.all = "*" in given or (not given and not is_loopback(settings.host))
         self.names = given
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle one request."""
         if scope["type"] != "http" or self.all or self._allows(Headers(scope=scope).get("host", "")):
             return await self.app(scope, receive, send)
+        if scope["method"] in _READING and scope["path"] in _PROBED_PATHS:
+            return await self.app(scope, receive, send)
         told = "this server is not called that: use its own name, or start it with --allowed-host"
-        await refuse(scope, receive, send, Trouble(421, told, "unknown_host"))
+        await refuse_unread(scope, receive, send, Trouble(421, told, "unknown_host"))
 
     def _allows(self, host: str) -> bool:
         name = _plain(host)
-        return name in self.names or (self.loopback and is_loopback(name))
+        return name in self.names or name == "localhost" or _address(name) is not None
 
 
 def is_loopback(host: str) -> bool:
     """Whether a name or an address is this machine's own, which nobody else can reach."""
     name = _plain(host)
+    address = _address(name)
+    return name == "localhost" if address is None else address.is_loopback
+
+
+def _address(name: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
     try:
-        return ipaddress.ip_address(name).is_loopback
+        return ipaddress.ip_address(name)
     except ValueError:
-        return name == "localhost"
+        return None
 
 
 def _plain(host: str) -> str:
@@ -144,7 +182,7 @@ class ApiKeys:
             return await self.app(scope, receive, send)
         told = "no valid API key: send the header `Authorization: Bearer KEY`"
         trouble = Trouble(401, told, "invalid_api_key", {"WWW-Authenticate": "Bearer"})
-        await refuse(scope, receive, send, trouble)
+        await refuse_unread(scope, receive, send, trouble)
 
     def _knows(self, headers: Iterable[tuple[bytes, bytes]]) -> bool:
         given = next((value for name, value in headers if name == b"authorization"), b"")
@@ -156,9 +194,7 @@ class ApiKeys:
 
 
 def _is_public(scope: Scope) -> bool:
-    return scope["method"] in ("GET", "HEAD") and (
-        scope["path"] in PUBLIC_PATHS or scope["path"].startswith(PUBLIC_FOLDER)
-    )
+    return scope["method"] in _READING and (scope["path"] in PUBLIC_PATHS or scope["path"].startswith(PUBLIC_FOLDER))
 
 
 def _digest(key: bytes) -> bytes:
@@ -166,13 +202,17 @@ def _digest(key: bytes) -> bytes:
 
 
 class Bodies:
-    """Bodies are read before anything else is done: only so long, only so much, and as they are, not compressed."""
+    """Bodies are read before anything else is done: only so long, only so much, and as they are, not compressed.
+
+    Who sends a long one slowly keeps others' out, and is given up soon.
+    """
 
     def __init__(self, app: ASGIApp, settings: ServerSettings) -> None:
         self.app = app
         self.limit, self.seconds = settings.max_body_bytes, settings.deadline
         self.most_values = max(_FEWEST_VALUES, _VALUES_PER_DOCUMENT * settings.max_documents)
         self.room = Room(_BODIES_AT_ONCE * settings.max_body_bytes, "bytes of requests")
+        self.places = Room(_REQUESTS_AT_ONCE, "places")
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle one request."""
@@ -181,26 +221,29 @@ class Bodies:
         headers = Headers(scope=scope)
         if headers.get("content-encoding", "identity").lower() != "identity":
             told = "compressed bodies are not read: send it without Content-Encoding"
-            return await self._close(scope, receive, send, Trouble(415, told, "compressed_body"))
+            return await refuse_unread(scope, receive, send, Trouble(415, told, "compressed_body"))
         length = headers.get("content-length", "")
         if length.isdecimal() and int(length) > self.limit:
-            return await self._close(scope, receive, send, self._too_large())
-        with self.room.shared() as share:
-            await self._read(scope, receive, send, share)
+            return await refuse_unread(scope, receive, send, self._too_large())
+        with self.places.shared() as place, self.room.shared() as share:
+            try:
+                place.take(int(_has_body(headers)))
+                body = await _whole(receive, self.limit, share, self.seconds)
+            except Overloaded as error:
+                trouble = trouble_of(error)
+            except OverflowError:
+                trouble = self._too_large()
+            except TimeoutError:
+                trouble = Trouble(408, "the request did not arrive in time: send it faster, or less", "slow_body")
+            else:
+                return await self._pass_on(body, scope, receive, send)
+        await refuse_unread(scope, receive, send, trouble)  # and holds nothing meanwhile
 
-    async def _read(self, scope: Scope, receive: Receive, send: Send, share: Share) -> None:
-        try:
-            async with asyncio.timeout(self.seconds):
-                body = await _whole(receive, self.limit, share)
-        except Overloaded as error:
-            return await self._close(scope, receive, send, trouble_of(error))
-        except TimeoutError:
-            told = f"the request did not arrive within {self.seconds:g} seconds: send it faster, or less"
-            trouble = Trouble(408, told, "slow_body", {"Connection": "close"})
-            return await refuse(scope, receive, send, trouble)
-        except OverflowError:
-            return await self._close(scope, receive, send, self._too_large())
-        if body is not None and holds_more_values(body, self.most_values):
+    async def _pass_on(self, body: bytes | None, scope: Scope, receive: Receive, send: Send) -> None:
+        if body is not None and b"\0" in body:  # values of another encoding could not be counted
+            told = "the body is not UTF-8, or holds characters with the number 0: send the body as UTF-8"
+            await refuse(scope, receive, send, Trouble(400, told, "not_utf8"))
+        elif body is not None and holds_more_values(body, self.most_values):
             told = f"the request holds more than {self.most_values:,} values: send fewer documents or messages"
             await refuse(scope, receive, send, Trouble(413, told, "too_many_values"))
         elif body is not None:
@@ -210,38 +253,32 @@ class Bodies:
         told = f"the request has more than {self.limit} bytes: send fewer or shorter documents, or smaller pictures"
         return Trouble(413, told, "body_too_large")
 
-    async def _close(self, scope: Scope, receive: Receive, send: Send, trouble: Trouble) -> None:
-        """Refuse, and throw away what is still coming for a while: who is cut off while sending hears no answer."""
 
-        async def lingering(message: Message) -> None:
-            if message["type"] == "http.response.body":
-                await send({**message, "more_body": True})
-                await _drain(receive)
-                message = {"type": "http.response.body"}
-            await send(message)
-
-        closing = replace(trouble, headers={**trouble.headers, "Connection": "close"})
-        await refuse(scope, receive, lingering, closing)
-
-
-async def _whole(receive: Receive, limit: int, share: Share) -> bytes | None:
+async def _whole(receive: Receive, limit: int, share: Share, seconds: float) -> bytes | None:
     """The whole body; None if the client went away.
 
     Raises:
         OverflowError: it is longer than `limit`.
         Overloaded: all requests together are longer than there is room.
+        TimeoutError: it took longer than `seconds`, or came more slowly than bodies must.
     """
+    now = asyncio.get_running_loop().time
+    end, due = now() + seconds, now() + _SECONDS_BEHIND
     parts, length, more = [], 0, True
-    while more:
-        message = await receive()
-        if message["type"] == "http.disconnect":
-            return None
-        part, more = message.get("body", b""), message.get("more_body", False)
-        length += len(part)
-        if length > limit:
-            raise OverflowError("the body is longer than it may be")
-        share.take(len(part))
-        parts.append(part)
+    async with asyncio.timeout_at(min(due, end)) as timer:
+        while more:
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                return None
+            part, more = message.get("body", b""), message.get("more_body", False)
+            length += len(part)
+            if length > limit:
+                raise OverflowError("the body is longer than it may be")
+            if length > _SHORT_BODY:
+                share.take(length - share.taken)
+            parts.append(part)
+            due = min(due + len(part) / _BYTES_A_SECOND, now() + _SECONDS_BEHIND)
+            timer.reschedule(min(due, end))
     return b"".join(parts)
 
 

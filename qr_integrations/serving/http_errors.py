@@ -7,6 +7,7 @@ import logging
 import math
 import uuid
 from collections.abc import Mapping
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,7 +16,14 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
-from qr_integrations.errors import Cancelled, InputError, MemoryLimitError, QRError, WindowError
+from qr_integrations.errors import (
+    Cancelled,
+    InputError,
+    MemoryLimitError,
+    QRError,
+    UnsupportedModelError,
+    WindowError,
+)
 from qr_integrations.serving.refusals import (
     NotReady,
     OutOfTime,
@@ -25,6 +33,13 @@ from qr_integrations.serving.refusals import (
     UnknownModel,
     WorkerLost,
 )
+
+SCHEMA_PATH = "/openapi.json"
+UNKNOWN_KEY = "No API key, or one that is not known."
+"""What the documentation of routes says about status 401."""
+
+current_request_id: ContextVar[str] = ContextVar("current_request_id", default="without a number")
+"""The number under which the client, the log and `trouble_of` speak of the request that is being answered."""
 
 _log = logging.getLogger(__name__)
 _STATUSES: dict[type[Exception], tuple[int, str]] = {  # the first that fits counts
@@ -37,6 +52,7 @@ _STATUSES: dict[type[Exception], tuple[int, str]] = {  # the first that fits cou
     Cancelled: (499, "cancelled"),
     WindowError: (400, "context_length_exceeded"),
     InputError: (400, "invalid_input"),
+    UnsupportedModelError: (400, "unsupported_by_model"),  # models that load rank and answer: a setting asked for more
     MemoryLimitError: (413, "out_of_memory"),
 }
 
@@ -74,19 +90,26 @@ def trouble_of(error: Exception) -> Trouble:
     for kind, (status, code) in _STATUSES.items():
         if isinstance(error, kind):
             retry = error.retry_after if isinstance(error, Refused) else None
-            headers = {} if retry is None else {"Retry-After": str(math.ceil(retry))}
-            return Trouble(status, str(error), code, headers)
-    number = uuid.uuid4().hex
+            return Trouble(status, str(error), code, _about_retries(status, retry))
+    number = current_request_id.get()
     _log.error("internal error %s", number, exc_info=error)
     what = str(error) if isinstance(error, QRError) else f"internal error {number}: the server's log tells more"
-    return Trouble(500, what, "internal_error")
+    return Trouble(500, what, "internal_error", _about_retries(500, None))
+
+
+def _about_retries(status: int, retry_after: float | None) -> dict[str, str]:
+    """OpenAI's clients repeat every request that failed on the server's side unless they are told not to."""
+    if retry_after is not None:
+        return {"Retry-After": str(math.ceil(retry_after))}
+    return {"x-should-retry": "false"} if status >= 500 else {}
 
 
 def body_of(path: str, trouble: Trouble) -> dict[str, Any]:
     """The JSON of an error in the shape of the API that `path` belongs to."""
     if path == "/rerank":
-        kinds = {413: "Validation", 422: "Validation", 429: "Overloaded", 503: "Unhealthy"}
-        return {"error": trouble.message, "error_type": kinds.get(trouble.status, "Backend")}
+        kinds = {429: "Overloaded", 503: "Unhealthy"}
+        kind = kinds.get(trouble.status, "Validation" if trouble.status < 500 else "Backend")
+        return {"error": trouble.message, "error_type": kind}
     if path.endswith("/rerank"):
         return {"id": uuid.uuid4().hex, "message": trouble.message, "detail": trouble.message}
     kinds = {401: "authentication_error", 429: "rate_limit_error"}
@@ -102,19 +125,21 @@ def as_response(path: str, trouble: Trouble) -> JSONResponse:
 
 
 def tell_errors(app: FastAPI) -> None:
-    """Let the app answer with `as_response` whatever is raised."""
+    """Let the app answer with `as_response` what routes raise on purpose; `Watched` does so with all else."""
 
     async def handle(request: Request, error: Exception) -> JSONResponse:
         trouble = trouble_of(error)
         request.state.code = trouble.code
         return as_response(request.url.path, trouble)
 
-    for kind in (QRError, RequestValidationError, HTTPException, Exception):
+    for kind in (QRError, RequestValidationError, HTTPException):
         app.add_exception_handler(kind, handle)
 
 
 def _told(error: RequestValidationError) -> str:
     """The first mistake, without the value, which may be somebody's document; in brackets stand names of schemas."""
+    if isinstance(error.body, bytes):
+        return "the body is not announced as JSON: send Content-Type: application/json"
     first = error.errors()[0]
     parts = [part for part in first.get("loc", ()) if part != "body" and not str(part).startswith("(")]
     place = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in parts).removeprefix(".")

@@ -31,9 +31,7 @@ _POLICY = (
 )
 _HEADERS = {
     "Cache-Control": "no-cache",  # kept, and asked for again by its ETag
-    "Content-Security-Policy": _POLICY,
-    "X-Content-Type-Options": "nosniff",
-    "Referrer-Policy": "no-referrer",
+    "Content-Security-Policy": _POLICY,  # narrower than that of `SecurityHeaders`, which adds the rest
 }
 _SCENES, _SMALL = 5000, 0.08  # scenes from that number on; the share of the picture that is asked about
 _PICTURES = 8

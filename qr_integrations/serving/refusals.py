@@ -1,4 +1,4 @@
-"""Why a request is refused though nothing is wrong with what it says; `answers_to` tells what each is over HTTP."""
+"""Why a request is refused though nothing is wrong with what it says; `http_errors` has their statuses."""
 
 from qr_integrations.errors import InputError, QRError
 

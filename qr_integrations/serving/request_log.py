@@ -13,7 +13,7 @@ from typing import Any
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from qr_integrations.serving.counting import Cost, current_cost
-from qr_integrations.serving.http_errors import as_response, trouble_of
+from qr_integrations.serving.http_errors import SCHEMA_PATH, as_response, trouble_of
 from qr_integrations.serving.metrics import Metrics
 from qr_integrations.serving.settings import ServerSettings
 
@@ -62,7 +62,7 @@ class Watched:
             self._tell(scope, status or _CLIENT_GONE, time.perf_counter() - begun, num_bytes, cost)
 
     def _tell(self, scope: Scope, status: int, seconds: float, num_bytes: int, cost: Cost) -> None:
-        route, code = getattr(scope.get("route"), "path_format", "other"), scope["state"].get("code")
+        route, code = _route_of(scope), scope["state"].get("code")
         self.metrics.add(route, scope["method"], status, seconds, code, cost)
         fields = {
             "id": scope["state"].get("request_id"),
@@ -80,6 +80,13 @@ class Watched:
         }
         level = logging.ERROR if status >= 500 else logging.INFO
         _log.log(level, "request", extra={"fields": {k: v for k, v in fields.items() if v is not None}})
+
+
+def _route_of(scope: Scope) -> str:
+    """The template of the path, of which there are only so many."""
+    if scope["path"] == SCHEMA_PATH:
+        return SCHEMA_PATH  # FastAPI leaves no note of this route
+    return getattr(scope.get("route"), "path_format", "other")
 
 
 class JsonLines(logging.Formatter):

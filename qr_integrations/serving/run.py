@@ -64,6 +64,7 @@ def server_of(app: FastAPI, settings: ServerSettings, announce: Callable[[str], 
         log_config=None,
         access_log=False,
         server_header=False,
+        proxy_headers=False,  # the log names who connected, not whom they name
         timeout_keep_alive=_SECONDS_BETWEEN_REQUESTS,
         timeout_graceful_shutdown=max(1, math.ceil(settings.grace)),
         h11_max_incomplete_event_size=_MOST_HEADER_BYTES,

