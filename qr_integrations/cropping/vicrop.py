@@ -95,6 +95,8 @@ class ViCrop:
             )
         if not (self.layers is None or self.layers == "all" or _are_layers(self.layers)):
             raise InputError(f"layers={self.layers!r} are no layers: pass None, 'all', a number or a tuple of numbers")
+        if isinstance(self.layers, tuple | list) and len(set(self.layers)) < len(self.layers):
+            raise InputError("a layer stands in `layers` more than once: pass distinct numbers")
         if isinstance(self.layers, list):
             object.__setattr__(self, "layers", tuple(self.layers))
 

@@ -1,7 +1,7 @@
 """Pictures come in here: whatever holds one becomes an upright RGB picture, or an `InputError`."""
 
 from qr_integrations.images.fetching import PictureFetcher, addresses_of, is_public_address
-from qr_integrations.images.opening import PictureSource, decode_base64, open_picture
+from qr_integrations.images.opening import PictureSource, decode_base64, identify_picture, open_picture
 from qr_integrations.images.policy import DECODED, PicturePolicy
 from qr_integrations.images.several import check_several, open_numbered
 
@@ -13,6 +13,7 @@ __all__ = [
     "addresses_of",
     "check_several",
     "decode_base64",
+    "identify_picture",
     "is_public_address",
     "open_numbered",
     "open_picture",

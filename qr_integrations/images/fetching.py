@@ -20,8 +20,14 @@ from qr_integrations.images.policy import PicturePolicy, shown
 
 _REDIRECTS = 3
 _GLOBAL_UNICAST, _NAT64 = IPv6Network("2000::/3"), IPv6Network("64:ff9b::/96")
-# Special purposes that older versions of Python's ipaddress hold to be global.
-_SPECIAL = (IPv4Network("192.0.0.0/24"), IPv4Network("192.88.99.0/24"), IPv6Network("3fff::/20"))
+_SPECIAL = (
+    # special purposes that older versions of Python's ipaddress hold to be global
+    IPv4Network("192.0.0.0/24"),
+    IPv4Network("192.88.99.0/24"),
+    IPv6Network("3fff::/20"),
+    # of Azure's public addresses, but to each of its virtual machines the host that tells it its settings
+    IPv4Network("168.63.129.16/32"),
+)
 
 
 def is_public_address(address: str) -> bool:

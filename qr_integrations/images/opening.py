@@ -18,8 +18,7 @@ from qr_integrations.errors import InputError
 from qr_integrations.images.fetching import PictureFetcher
 from qr_integrations.images.policy import SCHEME, PicturePolicy, Readable, shown
 
-# Only these are tried. Pillow knows more, and hands some of them to other programs.
-_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
+_MOST_ESCAPES = 1_000_000  # in a data: URI; these take 0.4 seconds
 _ORIENTATION = 0x0112  # the EXIF tag
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -31,7 +30,8 @@ _UPRIGHT = {
     8: Image.Transpose.ROTATE_90,
 }
 
-PictureSource = Image.Image | UInt8[np.ndarray, "*shape"] | bytes | bytearray | Readable | os.PathLike | str
+EncodedPicture = bytes | bytearray | Readable | os.PathLike | str
+PictureSource = Image.Image | UInt8[np.ndarray, "*shape"] | EncodedPicture
 _DEFAULT = PicturePolicy()
 
 
@@ -60,9 +60,30 @@ def open_picture(source: PictureSource, *, policy: PicturePolicy = _DEFAULT) -> 
         return _upright_rgb(source, policy, "the picture")
     if isinstance(source, np.ndarray):
         return _upright_rgb(_from_array(source), policy, "the picture")
-    name = shown(os.fspath(source)) if isinstance(source, str | os.PathLike) else "the picture"
-    with closing(_identified(_read(source, policy, name), name)) as picture:
-        return _upright_rgb(picture, policy, name)
+    with closing(identify_picture(source, policy=policy)) as picture:
+        return _upright_rgb(picture, policy, _name(source))
+
+
+def identify_picture(source: EncodedPicture, *, policy: PicturePolicy = _DEFAULT) -> Image.Image:
+    """A picture whose header has been read, and no pixel: for its size, and for `open_picture` to decode it.
+
+    Args:
+        source: what `open_picture` opens, if it is encoded.
+        policy: what may be opened.
+
+    Raises:
+        InputError: as `open_picture`, as far as the header tells.
+
+    Example:
+        >>> from qr_integrations.images import identify_picture
+        >>> gif = "data:image/gif;base64,R0lGODlhAwACAIAAAAAAAP///ywAAAAAAwACAAACAoRRADs="
+        >>> identify_picture(gif).size
+        (3, 2)
+    """
+    name = _name(source)
+    picture = _identified(_read(source, policy, name), policy, name)
+    _check_size(picture, policy, name)
+    return picture
 
 
 def decode_base64(text: str | bytes, *, policy: PicturePolicy = _DEFAULT) -> bytes:
@@ -85,16 +106,19 @@ def decode_base64(text: str | bytes, *, policy: PicturePolicy = _DEFAULT) -> byt
 # ---- from bytes to a picture
 
 
-def _identified(data: bytes, name: str) -> Image.Image:
-    """Reads no more than the header."""
+def _name(source: EncodedPicture) -> str:
+    return shown(os.fspath(source)) if isinstance(source, str | os.PathLike) else "the picture"
+
+
+def _identified(data: bytes, policy: PicturePolicy, name: str) -> Image.Image:
     Image.init()  # makes all formats known
     try:
-        return Image.open(BytesIO(data), formats=[known for known in _FORMATS if known in Image.OPEN])
+        return Image.open(BytesIO(data), formats=[known for known in policy.formats if known in Image.OPEN])
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise InputError(f"{name} has more pixels than Pillow opens: make it smaller") from error
     except Exception as error:  # what a format raises over broken data is not documented
         raise InputError(
-            f"{name} is broken, or in none of the formats {', '.join(_FORMATS)}: convert it to PNG or JPEG"
+            f"{name} is broken, or in none of the formats {', '.join(policy.formats)}: convert it to PNG or JPEG"
         ) from error
 
 
@@ -108,7 +132,7 @@ def _from_array(pixels: np.ndarray) -> Image.Image:
     return Image.fromarray(np.ascontiguousarray(pixels[..., 0] if pixels.ndim == 3 and channels == 1 else pixels))
 
 
-def _upright_rgb(picture: Image.Image, policy: PicturePolicy, name: str) -> Image.Image:
+def _check_size(picture: Image.Image, policy: PicturePolicy, name: str) -> None:
     width, height = picture.size
     if not 0 < width * height <= policy.max_pixels:
         raise InputError(
@@ -118,6 +142,10 @@ def _upright_rgb(picture: Image.Image, policy: PicturePolicy, name: str) -> Imag
         raise InputError(
             f"{name} has {width} x {height} pixels, too long or too narrow: cut it, or raise max_side or max_ratio"
         )
+
+
+def _upright_rgb(picture: Image.Image, policy: PicturePolicy, name: str) -> Image.Image:
+    _check_size(picture, policy, name)
     try:
         picture.load()
         rgb = _rgb(picture, name)
@@ -163,7 +191,7 @@ def _upper_bits(picture: Image.Image, name: str) -> Image.Image:
 # ---- from a source to bytes
 
 
-def _read(source: bytes | bytearray | Readable | os.PathLike | str, policy: PicturePolicy, name: str) -> bytes:
+def _read(source: EncodedPicture, policy: PicturePolicy, name: str) -> bytes:
     if isinstance(source, bytes | bytearray):
         policy.check_length(len(source), name)
         return bytes(source)
@@ -191,8 +219,12 @@ def _read_address(scheme: str, address: str, policy: PicturePolicy, name: str) -
         head, comma, body = address.partition(",")
         if not comma:
             raise InputError(f"{name} has no data: write data:image/png;base64,...")
-        if not head.lower().endswith(";base64"):
-            policy.check_length(len(body), name)
+        is_base64 = head.lower().endswith(";base64")
+        # a byte takes at most 4 characters of base64: 4/3, each written as an escape of 3
+        policy.check_length(len(body) // 4 if is_base64 else len(body), name)
+        if body.count("%") > _MOST_ESCAPES:
+            raise InputError(f"{name} has more than {_MOST_ESCAPES:,} escapes: write data:image/png;base64,...")
+        if not is_base64:
             return unquote_to_bytes(body)
         return decode_base64(unquote_to_bytes(body) if "%" in body else body, policy=policy)
     if scheme not in ("http", "https"):

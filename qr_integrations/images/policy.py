@@ -7,6 +7,8 @@ from typing import Protocol, runtime_checkable
 from qr_integrations.errors import InputError
 
 SCHEME = re.compile(r"\s*([a-z][a-z0-9+.-]+):", re.IGNORECASE)  # one letter is a Windows drive
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
+"""All that are ever tried. Pillow knows more, and hands some of them to other programs."""
 _CHUNK = 1 << 16  # bytes
 
 
@@ -31,9 +33,10 @@ class PicturePolicy:
         max_side: the longer side in pixels.
         max_ratio: the longer side over the shorter one: models scale or pad a narrow picture to a huge one.
         timeout: seconds for fetching one picture, redirects included; looking up a host's name is left to the system.
+        formats: of encoded pictures, some of `FORMATS`, which is the default.
 
     Raises:
-        InputError: a limit that is not above 0.
+        InputError: a limit that is not above 0, or a format that is not known.
     """
 
     allow_local_files: bool = True
@@ -43,11 +46,14 @@ class PicturePolicy:
     max_side: int = 12_000
     max_ratio: float = 200.0
     timeout: float = 10.0
+    formats: tuple[str, ...] = FORMATS
 
     def __post_init__(self) -> None:
         for name in ("max_bytes", "max_pixels", "max_side", "max_ratio", "timeout"):
             if not getattr(self, name) > 0:
                 raise InputError(f"{name}={getattr(self, name)} lets nothing in: pass a number above 0")
+        if not self.formats or (unknown := [name for name in self.formats if name not in FORMATS]):
+            raise InputError(f"formats={unknown if self.formats else ()} are none: pass some of {', '.join(FORMATS)}")
 
     def check_length(self, length: int, name: str) -> None:
         """Raises `InputError` for more than `max_bytes` bytes."""

@@ -4,7 +4,7 @@ import json
 import time
 import uuid
 from collections.abc import AsyncGenerator, Iterator
-from contextlib import ExitStack, aclosing
+from contextlib import AbstractAsyncContextManager, aclosing
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,7 +14,7 @@ from starlette.types import Receive, Scope, Send
 from qr_integrations.chatting import METHOD, PARAMS, SECONDS, STEPS
 from qr_integrations.errors import Cancelled
 from qr_integrations.serving.connection import while_connected
-from qr_integrations.serving.http_errors import body_of, trouble_of
+from qr_integrations.serving.http_errors import UNKNOWN_KEY, body_of, trouble_of
 from qr_integrations.serving.openai_messages import ChatReader
 from qr_integrations.serving.openai_shapes import (
     AnswerMessage,
@@ -33,9 +33,11 @@ from qr_integrations.serving.refusals import NotReady, UnknownModel
 from qr_integrations.serving.settings import ServerSettings
 from qr_integrations.serving.work import ChatWork, Engine, ModelCard, Said
 
+_Reading = AbstractAsyncContextManager[ChatWork]
 CHAT_PATH = "/v1/chat/completions"
 _ERRORS = {
     400: "What was sent cannot be used, or is too long for the model.",
+    401: UNKNOWN_KEY,
     404: "No such model answers here.",
     413: "More than the server takes.",
     429: "Too many requests wait: see Retry-After.",
@@ -67,13 +69,11 @@ def chat_routes(engine: Engine, settings: ServerSettings) -> APIRouter:
     async def complete_chat(request: Request, sent: ChatRequest) -> Response:
         """Answer a conversation."""
         card = await _chosen(engine, sent.model)
-        with ExitStack() as held:
-            share = held.enter_context(reader.room.shared())
-            work = await while_connected(request, reader.read(sent, card, share))
-            frame = _Frame(card.id, work.heat_maps, bool(sent.stream_options and sent.stream_options.include_usage))
-            if sent.stream:
-                return EventStream(_events(engine, work, frame), held.pop_all())
-            said = await while_connected(request, engine.chat(work))
+        usage = bool(sent.stream_options and sent.stream_options.include_usage)
+        frame, read = _Frame(card.id, bool(sent.heat_map), usage), reader.reading(sent, card)
+        if sent.stream:
+            return EventStream(_events(_pieces(engine, read), frame))
+        said = await while_connected(request, _said(engine, read))
         return Response(frame.completion(said), media_type="application/json")
 
     return router
@@ -86,21 +86,19 @@ class EventStream(Response):
 
     Args:
         events: what is sent; closed at the end in any case.
-        held: what is let go of then.
     """
 
     media_type = "text/event-stream"
 
-    def __init__(self, events: AsyncGenerator[str, None], held: ExitStack) -> None:
+    def __init__(self, events: AsyncGenerator[str, None]) -> None:
         super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
         del self.headers["content-length"]
-        self._events, self._held, self._begun = events, held, False
+        self._events, self._begun = events, False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send it."""
         try:
-            with self._held:
-                await while_connected(Request(scope, receive), self._send_all(send))
+            await while_connected(Request(scope, receive), self._send_all(send))
         except Cancelled:
             if not self._begun:
                 raise
@@ -117,6 +115,8 @@ class EventStream(Response):
 
 async def _chosen(engine: Engine, name: str) -> ModelCard:
     cards = await engine.models()
+    if not cards and engine.state == "failed":
+        raise NotReady("the models could not be loaded: see the server's log")
     if not cards:
         raise NotReady(f"no model is there yet, the server is {engine.state}: ask again", retry_after=5.0)
     answering = {card.id: card for card in cards if card.chats}
@@ -181,11 +181,23 @@ def _usage(said: Said) -> TokenUsage:
     )
 
 
-async def _events(engine: Engine, work: ChatWork, frame: _Frame) -> AsyncGenerator[str, None]:
+async def _said(engine: Engine, reading: _Reading) -> Said:
+    async with reading as work:
+        return await engine.chat(work)
+
+
+async def _pieces(engine: Engine, reading: _Reading) -> AsyncGenerator[str | Said, None]:
+    async with reading as work:
+        stream: Any = engine.stream(work)
+        async with aclosing(stream) as pieces:
+            async for piece in pieces:
+                yield piece
+
+
+async def _events(pieces: AsyncGenerator[str | Said, None], frame: _Frame) -> AsyncGenerator[str, None]:
     """The data of each event: chunks; where an error comes after the first, the error is the last event."""
     begun = False
     try:
-        pieces: Any = engine.stream(work)
         async with aclosing(pieces):
             async for piece in pieces:
                 if not begun:

@@ -1,8 +1,9 @@
 """From a request of OpenAI's clients to work for an engine: what is asked for is checked, pictures are opened."""
 
 import asyncio
-from collections.abc import Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
 from dataclasses import replace
 from functools import cache, partial
 from typing import Any, TypeVar, get_type_hints
@@ -12,7 +13,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from qr_integrations.chat_steps import CHAT_STEPS, as_step
 from qr_integrations.errors import InputError, WindowError
-from qr_integrations.images import PictureFetcher, PicturePolicy, open_picture
+from qr_integrations.images import PictureFetcher, PicturePolicy, identify_picture, open_picture
 from qr_integrations.images.policy import SCHEME, shown
 from qr_integrations.serving.openai_shapes import ChatRequest, PicturePart, TextPart, Turn
 from qr_integrations.serving.refusals import TooLarge
@@ -24,6 +25,8 @@ from qr_integrations.types import Message
 T = TypeVar("T")
 _REQUESTS_AT_ONCE = 4  # with the most pixels; with fewer there may be more
 _OF_PICTURES = ("crop", "num_visual_tokens", "prune")
+_FORMATS = ("PNG", "JPEG", "WEBP", "GIF")  # OpenAI's: fewer decoders for strangers' bytes
+_MOST_CHARACTERS, _MOST_VALUES = 4_000, 256  # in all steps together
 _LOADS_MODELS = "text_encoder"  # a step's setting that names a folder or hub id
 _SAME_NAMES = ("temperature", "top_p", "top_k", "repetition_penalty", "stop", "seed")
 _LONGEST_TOKEN = 200  # characters; spaces in a row make the longest, of about 128
@@ -45,16 +48,19 @@ class ChatReader:
             max_bytes=settings.max_picture_bytes,
             max_pixels=settings.max_picture_pixels,
             timeout=settings.picture_timeout,
+            formats=_FORMATS,
         )
         self.room = Room(_REQUESTS_AT_ONCE * settings.max_picture_pixels, "pixels of pictures")
         self._decoding = ThreadPoolExecutor(2, thread_name_prefix="decoding")
         self._fetching = ThreadPoolExecutor(4, thread_name_prefix="fetching")
 
-    async def read(self, sent: ChatRequest, card: ModelCard, share: Share) -> ChatWork:
-        """What is to be done for a request, by the model of this card; `share` is the request's, of `room`.
+    @asynccontextmanager
+    async def reading(self, sent: ChatRequest, card: ModelCard) -> AsyncIterator[ChatWork]:
+        """What is to be done for a request, by the model of this card; within the block its pictures take `room`.
 
         Raises:
             TooLarge: too many pictures.
+            Overloaded: other requests' pictures take too much of the room.
             WindowError: a text that is too long in any case.
             InputError: a setting, a step or a picture that cannot be used.
         """
@@ -66,7 +72,9 @@ class ChatReader:
         _check_length(sent, card)
         if steps:
             await asyncio.to_thread(check_steps, steps)  # loads torch on first use
-        return ChatWork(card.id, await self._messages(sent, share), {**settings, **steps}, bool(sent.heat_map))
+        with self.room.shared() as share:
+            messages = await self._messages(sent, share)
+            yield ChatWork(card.id, messages, {**settings, **steps}, bool(sent.heat_map))
 
     def _settings(self, sent: ChatRequest) -> dict[str, Any]:
         if complaint := sent.not_done():
@@ -97,23 +105,24 @@ class ChatReader:
             content: list[str | Image.Image] = []
             for part_number, part in enumerate(_parts(turn)):
                 if isinstance(part, PicturePart):
-                    picture = await self._opened(part.image_url.url, _place(number, part_number), left)
+                    picture = await self._opened(part.image_url.url, _place(number, part_number), left, share)
                     left -= picture.width * picture.height
-                    share.take(picture.width * picture.height)
                     content.append(picture)
                 else:
                     content.append(part)
             messages.append(Message("system" if turn.role == "developer" else turn.role, tuple(content)))
         return tuple(messages)
 
-    async def _opened(self, url: str, place: str, left: int) -> Image.Image:
-        """A picture of at most `left` pixels."""
+    async def _opened(self, url: str, place: str, left: int, share: Share) -> Image.Image:
+        """A picture of at most `left` pixels, which are taken before they are decoded."""
         used_up = left < self.policy.max_pixels
         try:
             if left < 1:
                 raise InputError("there are pixels enough in the pictures before it: send fewer or smaller ones")
             policy, source = replace(self.policy, max_pixels=left), await self._source(url)
-            return await _in(self._decoding, partial(open_picture, source, policy=policy))
+            picture = await _in(self._decoding, partial(identify_picture, source, policy=policy))
+            share.take(picture.width * picture.height)
+            return await _in(self._decoding, partial(open_picture, picture, policy=policy))
         except InputError as error:
             together = f" (all pictures together may have {self.policy.max_pixels:,} pixels)" if used_up else ""
             raise InputError(f"{place}: {error}{together}") from error
@@ -167,8 +176,9 @@ def check_steps(steps: Mapping[str, Any]) -> None:
     """Whether `as_step` reads what was sent for each step, and its settings have the types that they are declared with.
 
     Raises:
-        InputError: it does not, or a setting names a model to be loaded.
+        InputError: it does not, it is too much, or a setting names a model to be loaded.
     """
+    _check_amount(steps)
     for name, given in steps.items():
         try:
             step = as_step(name, given)
@@ -183,6 +193,25 @@ def check_steps(steps: Mapping[str, Any]) -> None:
                 adapter.validate_python(getattr(step, setting))
             except ValidationError as error:
                 raise InputError(f"{name}.{setting}: {error.errors()[0]['msg']}: correct it") from error
+
+
+def _check_amount(steps: Mapping[str, Any]) -> None:
+    """Texts of steps are read by the model too, and lists are worked through."""
+    values, count, length = list(steps.items()), 0, 0
+    while values:
+        name, value = values.pop()
+        if isinstance(value, str):
+            length += len(value)
+            if length > _MOST_CHARACTERS:
+                raise InputError(f"{name}: more than {_MOST_CHARACTERS:,} characters in all steps: shorten the texts")
+            if any("\ud800" <= character <= "\udfff" for character in value):
+                raise InputError(f"{name}: a text holds half a character: send both halves, or none")
+        elif isinstance(value, Mapping | list):
+            count += len(value)
+            if count > _MOST_VALUES:
+                raise InputError(f"{name}: more than {_MOST_VALUES} values in all steps: shorten the lists")
+            inner = [*value, *value.values()] if isinstance(value, Mapping) else value
+            values += [(name, one) for one in inner]
 
 
 @cache

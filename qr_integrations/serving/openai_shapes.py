@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, WithJsonSchema
+from pydantic_core import PydanticCustomError
 
 IGNORED = (
     "metadata",
@@ -95,7 +96,8 @@ _TEXT_OR_PARTS = Discriminator(
 )
 
 
-_MOST_PARTS = Field(max_length=2048)
+_MOST = 2048  # messages; parts of one
+_MOST_PARTS = Field(max_length=_MOST, fail_fast=True)
 _Part = Annotated[
     Annotated[TextPart, Tag("(text)")] | Annotated[PicturePart, Tag("(picture)")],
     _told_apart_by("type", {"text": "(text)", "image_url": "(picture)"}),
@@ -104,8 +106,7 @@ _Content = Annotated[
     Annotated[Text, Tag("(text)")] | Annotated[list[_Part], _MOST_PARTS, Tag("(parts)")], _TEXT_OR_PARTS
 ]
 _TextContent = Annotated[
-    Annotated[Text, Tag("(text)")] | Annotated[list[TextPart], _MOST_PARTS, Tag("(parts)")],
-    _TEXT_OR_PARTS,
+    Annotated[Text, Tag("(text)")] | Annotated[list[TextPart], _MOST_PARTS, Tag("(parts)")], _TEXT_OR_PARTS
 ]
 
 
@@ -143,6 +144,18 @@ Turn = Annotated[
 ]
 
 
+def _few_parts(messages: Any) -> Any:
+    """To check a million takes seconds, in which no other request is heard."""
+    if isinstance(messages, list) and len(messages) <= _MOST:
+        contents = [turn.get("content") for turn in messages if isinstance(turn, Mapping)]
+        if sum(len(content) for content in contents if isinstance(content, list)) > 2 * _MOST:
+            raise PydanticCustomError("parts", f"should have at most {2 * _MOST} parts together")
+    return messages
+
+
+_Turns = Annotated[list[Turn], Field(min_length=1, max_length=_MOST, fail_fast=True), BeforeValidator(_few_parts)]
+
+
 # ---- the request
 
 
@@ -157,7 +170,7 @@ def _as_list(stop: Any) -> Any:
 
 
 _Stop = Annotated[str, Field(min_length=1, max_length=256)]
-_StopList = Annotated[list[_Stop], Field(max_length=4)]
+_StopList = Annotated[list[_Stop], Field(max_length=4, fail_fast=True)]
 _Stops = Annotated[_StopList, BeforeValidator(_as_list, json_schema_input_type=_Stop | _StopList)]
 
 
@@ -189,7 +202,7 @@ class ChatRequest(_Sent):
     model_config = ConfigDict(extra="allow", json_schema_extra=_others, protected_namespaces=())
 
     model: Annotated[str, Field(min_length=1, description="One of /v1/models that answers.")]
-    messages: Annotated[list[Turn], Field(min_length=1, max_length=2048)]
+    messages: _Turns
     max_tokens: Annotated[int | None, Field(ge=1)] = None
     max_completion_tokens: Annotated[int | None, Field(ge=1, description="The longest answer, in tokens.")] = None
     temperature: Annotated[float | None, Field(ge=0.0, le=2.0, description="0 where it is left out.")] = None
@@ -258,7 +271,7 @@ class PictureMap(_Answered):
 
 
 class _Told(_Answered):
-    """What is known about an answer: see `ChatSettings.answer_metadata`."""
+    """What is known about an answer: see `ChatSettings.answer_metadata`. As the first base, it comes last in JSON."""
 
     qr_method: str = "plain"
     qr_params: dict[str, Any] = Field(default_factory=dict)
@@ -284,15 +297,17 @@ class Choice(_Answered):
     finish_reason: Finish
 
 
-class ChatCompletion(_Told):
-    """An answer. What begins with ``qr_`` is this server's own; `qr_heat_maps` is there if it was asked for."""
-
+class _Completion(_Answered):
     id: str
     object: Literal["chat.completion"] = "chat.completion"
     created: int
     model: str
     choices: list[Choice]
     usage: TokenUsage
+
+
+class ChatCompletion(_Told, _Completion):
+    """An answer. What begins with ``qr_`` is this server's own; `qr_heat_maps` is there if it was asked for."""
 
 
 class Delta(_Answered):
@@ -311,15 +326,17 @@ class ChunkChoice(_Answered):
     finish_reason: Finish | None = None
 
 
-class ChatChunk(_Told):
-    """A piece of an answer; the one with the reason why it ended has what begins with ``qr_``."""
-
+class _Chunk(_Answered):
     id: str
     object: Literal["chat.completion.chunk"] = "chat.completion.chunk"
     created: int
     model: str
     choices: list[ChunkChoice]
     usage: TokenUsage | None = None
+
+
+class ChatChunk(_Told, _Chunk):
+    """A piece of an answer; the one with the reason why it ended has what begins with ``qr_``."""
 
 
 class WhatIsWrong(_Answered):

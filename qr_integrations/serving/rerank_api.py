@@ -25,6 +25,7 @@ from pydantic import BaseModel
 from qr_integrations.errors import InputError
 from qr_integrations.reranking import Relevance
 from qr_integrations.serving.connection import while_connected
+from qr_integrations.serving.http_errors import UNKNOWN_KEY
 from qr_integrations.serving.refusals import TooLarge
 from qr_integrations.serving.rerank_shapes import (
     ApiVersion,
@@ -51,9 +52,10 @@ from qr_integrations.types import Document
 _TITLE = "title"
 _DOCUMENTS_PER_UNIT = 100  # of Cohere's search units
 _THRESHOLD = 0.1  # of Cohere's relevant spans, where a request names none
+_FIELDS_TOLD, _LONGEST_TOLD = 5, 60  # of rank_fields, in notes and errors; characters of each
 _UNUSABLE = "Something in the request cannot be used."
 _STATUSES: dict[int | str, str] = {
-    401: "No API key, or one that is not known.",
+    401: UNKNOWN_KEY,
     413: "More than the server takes: bytes, documents or tokens.",
     429: "The queue is full.",
     500: "Something went wrong here.",
@@ -114,7 +116,7 @@ async def _reranked(
 def _rerank_work(body: RerankRequest, settings: ServerSettings) -> tuple[RankWork, list[str]]:
     """What is to be done, and what will be done otherwise than asked."""
     _check(body.query, body.instruction, "documents", len(body.documents), settings)
-    fields = body.rank_fields or ["text"]
+    fields = list(dict.fromkeys(body.rank_fields or ["text"]))
     documents = tuple(_document(place, given, fields) for place, given in enumerate(body.documents))
     work = RankWork(
         body.query,
@@ -125,9 +127,15 @@ def _rerank_work(body: RerankRequest, settings: ServerSettings) -> tuple[RankWor
         max_spans=_most(body),
         max_doc_tokens=body.max_tokens_per_doc,
     )
-    lacking = [given for given in body.documents if isinstance(given, dict) and not _present(given, fields)]
-    notes = [f"none of the fields {fields} in {len(lacking)} of the documents: their text was read"]
-    return work, notes if lacking else []
+    lacking = sum(isinstance(given, dict) and not _present(given, fields) for given in body.documents)
+    note = f"none of the fields {_some(fields)} in {lacking} of the documents: their text was read"
+    return work, [note] if lacking else []
+
+
+def _some(fields: Sequence[str]) -> str:
+    others = len(fields) - _FIELDS_TOLD
+    named = [field[:_LONGEST_TOLD] for field in fields[:_FIELDS_TOLD]]
+    return f"{named}" + (f" and {others} others" if others > 0 else "")
 
 
 def _most(body: RerankRequest) -> int | None:
@@ -174,14 +182,14 @@ def _document(place: int, given: str | dict[str, Any], fields: Sequence[str]) ->
         )
     for field in named:
         if not isinstance(given[field], str):
-            raise InputError(f"document #{place}: {field!r} is no string: pass one")
-        _whole(f"{field!r} of document #{place}", given[field])
+            raise InputError(f"document #{place}: {field[:_LONGEST_TOLD]!r} is no string: pass one")
+        _whole(f"{field[:_LONGEST_TOLD]!r} of document #{place}", given[field])
     lines = [given[field] for field in named if field != _TITLE]
     return Document("\n".join(lines), given[_TITLE] if _TITLE in named else None) if lines else Document(given[_TITLE])
 
 
 def _present(given: Mapping[str, Any], fields: Sequence[str]) -> list[str]:
-    return [field for field in dict.fromkeys(fields) if given.get(field) is not None]
+    return [field for field in fields if given.get(field) is not None]
 
 
 def _whole(what: str, text: str) -> str:

@@ -65,12 +65,13 @@ class RerankRequest(Question):
         default=None, description="Any name will do: there is one model for rankings, and the answer tells its name."
     )
     documents: list[str | DocumentObject] = Field(
+        fail_fast=True,
         description="What is ranked; equal documents stay two.",
         json_schema_extra=_NOT_EMPTY,
         examples=[["Dracula is a novel by Bram Stoker.", {"text": "Cats sleep most of the day."}]],
     )
     top_n: Count | None = Field(default=None, description="The best so many come back; null: all.")
-    rank_fields: list[str] | None = Field(
+    rank_fields: Annotated[list[str], Field(max_length=64, fail_fast=True)] | None = Field(
         default=None,
         description="Of documents that are objects, read these fields in place of `text`, one after the other, each in "
         "a line of its own. `title` is read as a title, in front of all others.",
@@ -101,6 +102,7 @@ class TeiRequest(Question):
     """A request as TEI's clients send it."""
 
     texts: list[str] = Field(
+        fail_fast=True,
         description="What is ranked.",
         json_schema_extra=_NOT_EMPTY,
         examples=[["Dracula is a novel by Bram Stoker.", "Cats sleep most of the day."]],
@@ -137,7 +139,7 @@ class RelevantSpan(BaseModel):
 
 
 class OwnFields(BaseModel):
-    """What this package says about a document besides."""
+    """What this package says about a document besides. As the first base, it comes last in JSON."""
 
     qr_score: float = Field(description="The attention itself, whatever the scale of the other score is.")
     qr_rank: int = Field(ge=1, description="From 1.")
@@ -151,15 +153,17 @@ class DocumentShape(BaseModel):
     text: str
 
 
-class RerankResult(OwnFields):
-    """A line of the ranking."""
-
+class _Result(BaseModel):
     index: int = Field(ge=0, description="Position in the request's `documents`.")
     relevance_score: float = Field(description="Higher is better; on which scale, the server's settings say.")
     document: DocumentShape | None = Field(default=None, description="There if asked for.")
     relevant_spans: list[RelevantSpan] | None = Field(
         default=None, description="Strongest first; there if asked for, and if any is strong enough."
     )
+
+
+class RerankResult(OwnFields, _Result):
+    """A line of the ranking."""
 
 
 class ApiVersion(BaseModel):
@@ -203,12 +207,14 @@ class RerankResponse(BaseModel):
     notes: list[str] | None = Field(default=None, description="What had to be done otherwise than asked, in words.")
 
 
-class TeiRank(OwnFields):
-    """A line of the ranking as TEI's clients read it; all are sent, best first."""
-
+class _Rank(BaseModel):
     index: int = Field(ge=0, description="Position in the request's `texts`.")
     score: float = Field(description="Higher is better.")
     text: str | None = Field(default=None, description="There if asked for.")
+
+
+class TeiRank(OwnFields, _Rank):
+    """A line of the ranking as TEI's clients read it; all are sent, best first."""
 
 
 class RerankError(BaseModel):

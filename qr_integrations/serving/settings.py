@@ -24,15 +24,17 @@ class ServerSettings(BaseModel):
         max_context_tokens: the longest prompt; longer lists are ranked in several. None is the model's window.
         cache_bytes: memory for keys and values of documents that all requests share; besides it, the two lists used
             last are kept as they stand in their prompts.
+        cache_dtype: how they are kept, see `DocumentCache`.
         cache_folder: where they go when that is full; None drops them.
+        cache_disk_bytes: of the files there; None sets no limit.
         queue_size: requests that may wait for each model; one more is answered with status 429.
         max_batch: queries over the same documents that go through the model together.
         deadline: seconds after which a request is given up, waiting included.
         grace: seconds for requests that have begun when the server is told to stop.
         api_keys: any of these lets a client in; none lets in everybody who can reach the server.
-        allowed_hosts: names that requests may call the server by, against web pages that reach for servers in the
-            browser's own network; ``"*"`` allows all. Empty: this machine's own names while `host` is one of them, else
-            all.
+        allowed_hosts: names that requests may call the server by, besides localhost and addresses, against web pages
+            that reach for servers in the browser's own network; ``"*"`` allows all. Empty: no others while `host` is
+            this machine's own, else all.
         host, port: where it listens.
         max_body_bytes: of a request.
         max_documents: of a request.
@@ -62,7 +64,9 @@ class ServerSettings(BaseModel):
     truncation: Literal["head", "chunk", "error"] = "head"
     max_context_tokens: int | None = Field(default=None, ge=1)
     cache_bytes: int = Field(default=2**30, ge=0)
+    cache_dtype: Literal["auto", "float32", "float16", "bfloat16", "int8"] = "auto"
     cache_folder: Path | None = None
+    cache_disk_bytes: int | None = Field(default=None, ge=0)
     queue_size: int = Field(default=64, ge=1)
     max_batch: int = Field(default=16, ge=1)
     deadline: float = Field(default=120.0, gt=0.0)
@@ -78,7 +82,7 @@ class ServerSettings(BaseModel):
     default_new_tokens: int = Field(default=256, ge=1)
     max_pictures: int = Field(default=8, ge=0)
     max_picture_bytes: int = Field(default=20 * 2**20, ge=1)
-    max_picture_pixels: int = Field(default=64_000_000, ge=1)
+    max_picture_pixels: int = Field(default=25_000_000, ge=1)
     allow_urls: bool = False
     picture_timeout: float = Field(default=10.0, gt=0.0)
     log_text: bool = False
@@ -87,6 +91,8 @@ class ServerSettings(BaseModel):
     def _names_differ(self) -> "ServerSettings":
         if self.vision_model is not None and self.name == self.vision_name:
             raise InputError(f"two models are called {self.name!r}: pass vision_model_id=...")
+        if self.cache_disk_bytes is not None and self.cache_folder is None:
+            raise InputError("cache_disk_bytes limits a folder: pass cache_folder too")
         if any(not key.get_secret_value().strip() for key in self.api_keys):
             raise InputError("an API key is empty: leave it out, or pass one with letters in it")
         return self
@@ -104,5 +110,5 @@ class ServerSettings(BaseModel):
 
 def _last_part(name: str) -> str:
     """A folder's own name; paths are nobody's business."""
-    path = Path(name)
+    path = Path(name).expanduser()
     return path.resolve().name if path.exists() else name

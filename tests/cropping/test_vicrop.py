@@ -148,6 +148,8 @@ def test_pictures_are_looked_at_in_colour() -> None:
         (dict(layers=(1, "2")), "are no layers"),
         (dict(layers=1.5), "layers=1.5 are no layers"),
         (dict(layers=True), "layers=True are no layers"),
+        (dict(layers=(1, 2, 1)), "more than once: pass distinct numbers"),
+        (dict(layers=[3] * 20_000), "more than once: pass distinct numbers"),
     ],
 )
 def test_settings_that_cannot_be(settings: Any, match: str, unchecked: None) -> None:

@@ -525,6 +525,53 @@ def test_urls_are_off_by_default(url: str) -> None:
         open_picture(url)
 
 
+# ---- headers, formats
+
+
+def test_a_header_tells_the_size_and_no_pixel_is_read() -> None:
+    from qr_integrations.errors import InputError
+    from qr_integrations.images import PicturePolicy, identify_picture, open_picture
+
+    cut = identify_picture(header_only(3000, 2000))
+    assert cut.size == (3000, 2000)
+    with pytest.raises(InputError, match="is cut short or broken"):
+        open_picture(cut)
+    assert same(open_picture(identify_picture(data_uri(encoded(colours())))), colours())
+    for limits in (dict(max_pixels=5_999_999), dict(max_side=2999), dict(max_ratio=1.4)):
+        with pytest.raises(InputError, match="has 3000 x 2000 pixels"):
+            identify_picture(header_only(3000, 2000), policy=PicturePolicy(**limits))
+
+
+def test_formats_can_be_fewer() -> None:
+    from qr_integrations.errors import InputError
+    from qr_integrations.images import PicturePolicy, open_picture
+
+    few = PicturePolicy(formats=("PNG", "JPEG"))
+    for kind in ("PNG", "JPEG"):
+        assert open_picture(encoded(colours(), kind), policy=few).size == colours().size
+    for kind in ("BMP", "TIFF", "GIF"):
+        with pytest.raises(InputError, match="in none of the formats PNG, JPEG: convert it"):
+            open_picture(encoded(colours(), kind), policy=few)
+    for formats in ((), ("PNG", "EPS")):
+        with pytest.raises(InputError, match="pass some of PNG, JPEG, WEBP"):
+            PicturePolicy(formats=formats)
+
+
+def test_escapes_are_counted_before_they_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    from qr_integrations.errors import InputError
+    from qr_integrations.images import PicturePolicy, open_picture, opening
+
+    def unquote(text: str) -> bytes:
+        raise AssertionError("was read")
+
+    monkeypatch.setattr(opening, "unquote_to_bytes", unquote)
+    for head in ("data:image/png;base64,", "data:image/png,"):
+        with pytest.raises(InputError, match="has more than 100 bytes"):
+            open_picture(head + "%41" * 140, policy=PicturePolicy(max_bytes=100))
+        with pytest.raises(InputError, match="more than 1,000,000 escapes"):
+            open_picture(head + "%41" * 1_000_001)
+
+
 # ---- words
 
 

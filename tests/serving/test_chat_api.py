@@ -11,7 +11,7 @@ import socket
 import threading
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import AsyncExitStack, ExitStack, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -21,7 +21,9 @@ from typing import Any
 
 import httpx
 import pytest
+from fastapi import Request
 from PIL import Image
+from pydantic import ValidationError
 
 from tests.serving.talking import Serving, address_of, until
 
@@ -29,9 +31,9 @@ PATH = "/v1/chat/completions"
 Post = Callable[..., httpx.Response]
 
 
-def png(size: tuple[int, int] = (8, 6), colour: str = "red") -> bytes:
+def png(size: tuple[int, int] = (8, 6), colour: str = "red", kind: str = "PNG") -> bytes:
     file = BytesIO()
-    Image.new("RGB", size, colour).save(file, "PNG")
+    Image.new("RGB", size, colour).save(file, kind)
     return file.getvalue()
 
 
@@ -57,7 +59,7 @@ class Repeating:
     state: str = "ready"
     pieces: Sequence[str | Exception] | None = None
     endless: bool = False
-    metadata: dict[str, Any] = field(default_factory=dict)
+    metadata: dict[str, Any] = field(default_factory=lambda: {"qr_method": "plain"})
     works: list[Any] = field(default_factory=list)
     closed: threading.Event = field(default_factory=threading.Event)
 
@@ -254,6 +256,34 @@ def test_settings_of_wrong_types_are_refused_without_type_checks_too(
     assert complaint(post(**steps)).strip()
 
 
+@pytest.mark.parametrize(
+    ("steps", "told"),
+    [
+        ({"crop": {"generic": "a" * 4001}}, "crop: more than 4,000 characters in all steps: shorten the texts"),
+        ({"crop": {"generic": "a" * 2000, "instruction": "a" * 2001}}, "crop: more than 4,000 characters"),
+        ({"crop": {"a" * 4001: 1}}, "crop: more than 4,000 characters"),
+        ({"crop": "a" * 4001}, "crop: more than 4,000 characters"),
+        ({"prune": {"pruner": "SparseVLM", "layers": list(range(257))}}, "prune: more than 256 values in all steps"),
+        ({"deco": {"layers": list(range(150))}, "crop": {"layers": list(range(150))}}, "more than 256 values"),
+        ({"deco": {"layers": [[list(range(257))]]}}, "deco: more than 256 values"),
+        ({"crop": {"generic": "\ud800"}}, "crop: a text holds half a character: send both halves, or none"),
+        ({"crop": {"\udfff": 1}}, "crop: a text holds half a character"),
+        ({"prune": {"pruner": "\ud800"}}, "prune: a text holds half a character"),
+        ({"deco": {"layers": ["\ud800"]}}, "deco: a text holds half a character"),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_steps_hold_little_and_whole_characters(post: Post, steps: dict[str, Any], told: str) -> None:
+    message = complaint(post(**steps))
+    assert told in message and len(message) < 300
+
+
+def test_steps_may_hold_some_text_and_lists(post: Post, engine: Repeating) -> None:
+    crop = {"generic": "a" * 2000, "instruction": "é" * 1900, "layers": list(range(100))}
+    assert post(crop=crop, deco={"layers": list(range(1, 101))}).status_code == 200
+    assert engine.works[-1].settings["crop"] == crop
+
+
 def test_no_model_is_loaded_for_a_request(post: Post, tmp_path: Path) -> None:
     for given in ({"relevance": "clip"}, {}):
         prune = {"pruner": "CDPruner", "keep": 4, "text_encoder": str(tmp_path), **given}
@@ -346,6 +376,33 @@ def test_what_cannot_fit_is_not_read(post: Post, engine: Repeating) -> None:
     assert answer.json()["error"]["code"] == "context_length_exceeded" and len(engine.works) == before + 1
 
 
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"messages": [1] * 1000},
+        *({"messages": [{"role": role, "content": [1] * 1000}]} for role in ("user", "system", "assistant")),
+        {"messages": [{"role": "user", "content": "a"}], "stop": [1] * 1000},
+    ],
+    ids=lambda given: str(given)[:60],
+)
+def test_one_mistake_is_enough(given: dict[str, Any]) -> None:
+    from qr_integrations.serving.openai_shapes import ChatRequest
+
+    with pytest.raises(ValidationError) as caught:
+        ChatRequest.model_validate({"model": "vision", **given})
+    assert caught.value.error_count() == 1
+
+
+def test_all_messages_together_have_so_many_parts() -> None:
+    from qr_integrations.serving.openai_shapes import ChatRequest
+
+    parts = [{"type": "text", "text": ""}] * 2048
+    turn = {"role": "user", "content": parts}
+    assert ChatRequest.model_validate({"model": "vision", "messages": [turn] * 2})
+    with pytest.raises(ValidationError, match=r"messages\n +should have at most 4096 parts together"):
+        ChatRequest.model_validate({"model": "vision", "messages": [turn, turn, {**turn, "content": parts[:1]}]})
+
+
 def test_what_is_no_request_is_refused(post: Post) -> None:
     assert complaint(post("who")).startswith("messages: ")
     assert complaint(post(model=None)).startswith("model: ")
@@ -380,6 +437,11 @@ def test_pictures_that_are_not_opened(post: Post, url: str, told: str) -> None:
     message = complaint(post(shown(url)))
     assert message.startswith("messages[0].content[1]: ") and told in message and len(message) < 700
     assert "secret" not in message
+
+
+def test_what_cannot_be_opened_is_no_stream(post: Post) -> None:
+    answer = post(shown(uri(png()[:45])), stream=True)
+    assert "is cut short or broken" in complaint(answer) and answer.headers["Content-Type"] == "application/json"
 
 
 def test_no_more_pictures_than_the_server_takes(post: Post) -> None:
@@ -423,6 +485,48 @@ def test_two_pictures_are_opened_at_once_for_all_who_ask(
     for thread in threads:
         thread.join()
     assert done == [200] * 6 and most == 2
+
+
+def test_formats_that_openai_takes_are_opened(post: Post) -> None:
+    for kind in ("PNG", "JPEG", "WEBP", "GIF"):
+        assert post(shown(uri(png(kind=kind)))).status_code == 200
+    for kind in ("BMP", "TIFF", "PPM"):
+        told = complaint(post(shown(uri(png(kind=kind)))))
+        assert "in none of the formats PNG, JPEG, WEBP, GIF: convert it to PNG or JPEG" in told
+
+
+def test_pixels_for_which_there_is_no_room_are_not_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
+    from qr_integrations.serving import ServerSettings, openai_messages
+    from qr_integrations.serving.openai_shapes import ChatRequest
+    from qr_integrations.serving.refusals import Overloaded
+    from qr_integrations.serving.work import ModelCard
+
+    real, decoded = openai_messages.open_picture, list[tuple[int, int]]()
+
+    def decode(source: Any, **kwargs: Any) -> Any:
+        decoded.append(source.size)
+        return real(source, **kwargs)
+
+    monkeypatch.setattr(openai_messages, "open_picture", decode)
+    reader = openai_messages.ChatReader(ServerSettings(model="text", max_picture_pixels=1000))
+    card = ModelCard("vision", False, True, True)
+    large, small = (
+        ChatRequest.model_validate({"model": "vision", "messages": shown(uri(png(size)))})
+        for size in [(40, 25), (1, 1)]
+    )
+
+    async def ask() -> None:
+        async with AsyncExitStack() as held:
+            for _ in range(4):
+                await held.enter_async_context(reader.reading(large, card))
+            with pytest.raises(Overloaded, match="other requests hold 4,000 pixels of pictures"):
+                await held.enter_async_context(reader.reading(small, card))
+        assert reader.room.taken == 0
+        async with reader.reading(small, card) as work:
+            assert work.messages[0].pictures[0].size == (1, 1) and reader.room.taken == 1
+
+    asyncio.run(ask())
+    assert decoded == [(40, 25)] * 4 + [(1, 1)]
 
 
 @pytest.fixture
@@ -524,6 +628,40 @@ def test_the_usage_comes_at_the_end_if_it_is_asked_for(post: Post) -> None:
     assert usage["choices"] == [] and usage["usage"] == {"prompt_tokens": 3, "completion_tokens": 4, "total_tokens": 7}
 
 
+@pytest.mark.parametrize("fate", ["never sent", "sent", "broken off"])
+def test_a_stream_holds_pixels_while_it_is_sent_and_no_longer(monkeypatch: pytest.MonkeyPatch, fate: str) -> None:
+    from qr_integrations.serving import ServerSettings, chat_api
+    from qr_integrations.serving.openai_shapes import ChatRequest
+
+    real, readers, held = chat_api.ChatReader, list[Any](), list[int]()
+
+    def reader_of(settings: Any) -> Any:
+        readers.append(real(settings))
+        return readers[-1]
+
+    monkeypatch.setattr(chat_api, "ChatReader", reader_of)
+    (route,) = chat_api.chat_routes(Repeating(), ServerSettings(model="text")).routes
+    sent = ChatRequest.model_validate({"model": "vision", "messages": shown(uri(png())), "stream": True})
+
+    async def receive() -> Any:
+        await asyncio.Event().wait()
+
+    async def send(message: Any) -> None:
+        held.append(readers[0].room.taken)
+        if fate == "broken off":
+            raise OSError
+
+    async def ask() -> Any:
+        response = await route.endpoint(Request({"type": "http"}, receive), sent)  # type: ignore[attr-defined]
+        if fate != "never sent":
+            with suppress(OSError):
+                await response({"type": "http"}, receive, send)
+        return response  # which may be kept for long, as in the traceback of an error
+
+    response = asyncio.run(ask())
+    assert response and readers[0].room.taken == 0 and held[:1] == ([] if fate == "never sent" else [8 * 6])
+
+
 def test_an_answer_without_text_is_an_answer(serve: Callable[..., Post]) -> None:
     post = serve(Repeating(pieces=["", ""]))
     first, last, _ = events(post(stream=True))
@@ -606,6 +744,13 @@ def test_a_client_that_goes_away_ends_the_work(serving: Serving, pieces: list[st
 # ---- what is told
 
 
+def test_what_openai_tells_comes_first(post: Post) -> None:
+    openais = ["id", "object", "created", "model", "choices", "usage"]
+    assert list(post().json())[:6] == openais
+    *_, last, usage, done = events(post(stream=True, stream_options={"include_usage": True}))
+    assert done == "[DONE]" and list(last)[:6] == list(usage) == openais
+
+
 def test_what_is_no_number_is_null(serve: Callable[..., Post]) -> None:
     told = {
         "qr_method": "vicrop",
@@ -625,7 +770,7 @@ def test_the_schema_says_what_is_taken(serve: Callable[..., Post]) -> None:
 
     schema = create_app(ServerSettings(model="text"), Repeating()).openapi()
     responses = schema["paths"][PATH]["post"]["responses"]
-    assert {"200", "400", "404", "413", "429", "503", "504", "default"} == set(responses)
+    assert {"200", "400", "401", "404", "413", "429", "503", "504", "default"} == set(responses)
     assert set(responses["200"]["content"]) == {"application/json", "text/event-stream"}
     request = schema["components"]["schemas"]["ChatRequest"]
     assert request["additionalProperties"] is False and request["required"] == ["model", "messages"]

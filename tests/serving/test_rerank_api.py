@@ -6,6 +6,7 @@ from typing import Any
 
 import httpx
 import pytest
+from pydantic import ValidationError
 
 LONG = "The harbour was quiet. " * 120 + "Stoker wrote Dracula in 1897."
 REFUSALS: list[tuple[dict[str, Any], str]] = [
@@ -26,6 +27,7 @@ COHERE_REFUSALS: list[tuple[dict[str, Any], str]] = [
     ({"documents": ["a", {"title": "b"}]}, "document #1 has no text"),
     ({"documents": [{"text": 3}]}, "document #0: 'text' is no string: pass one"),
     ({"documents": [{"text": "a", "year": 1897}], "rank_fields": ["year"]}, "document #0: 'year' is no string"),
+    ({"rank_fields": ["text"] * 65}, "rank_fields: List should have at most 64 items"),
     ({"top_n": 0}, "top_n"),
     ({"top_n": -1}, "top_n"),
     ({"top_n": "2"}, "top_n"),
@@ -192,6 +194,25 @@ def test_says_where_the_named_fields_are_missing(ask: Callable[..., Any]) -> Non
     note = "none of the fields ['titel'] in 1 of the documents: their text was read"
     assert told["notes"] == told["meta"]["warnings"] == [note]
     assert {line["index"]: line["document"]["text"] for line in told["results"]} == {0: "Dracula", 1: "Cats sleep."}
+
+
+def test_few_of_many_fields_are_told_and_each_is_read_once(ask: Callable[..., Any]) -> None:
+    objects = [{"text": "Dracula is a novel.", "b": "Dracula"}, {"text": "Cats sleep."}]
+    fields = ["a" * 1000, *["b"] * 32, *"cdefg"]
+
+    told = ask("/v2/rerank", query="who", documents=objects, rank_fields=fields, return_documents=True)
+
+    few = f"['{'a' * 60}', 'b', 'c', 'd', 'e'] and 2 others"
+    assert told["notes"] == [f"none of the fields {few} in 1 of the documents: their text was read"]
+    assert {line["index"]: line["document"]["text"] for line in told["results"]} == {0: "Dracula", 1: "Cats sleep."}
+
+
+def test_what_the_apis_know_comes_first(ask: Callable[..., Any]) -> None:
+    told = ask("/v1/rerank", query="who", documents=["a", "b"])
+    lines = ask("/rerank", query="who", texts=["a", "b"], return_text=True)
+
+    assert list(told["results"][0])[:3] == ["index", "relevance_score", "document"]
+    assert list(lines[0])[:3] == ["index", "score", "text"]
 
 
 def test_equal_documents_stay_two_and_may_be_empty(ask: Callable[..., Any]) -> None:
@@ -363,7 +384,18 @@ def test_too_many_documents_are_refused(url: str, path: str, name: str) -> None:
     assert "121" in response.text and "120" in response.text
 
 
-@pytest.mark.parametrize("content", [b"", b"nope", b"\xff\xfe", b"[]", b'{"query":"a","documents":' + b"[" * 50_000])
+@pytest.mark.parametrize("name", ["documents", "texts", "rank_fields"])
+def test_one_mistake_is_enough(name: str) -> None:
+    from qr_integrations.serving.rerank_shapes import RerankRequest, TeiRequest
+
+    shape = TeiRequest if name == "texts" else RerankRequest
+    with pytest.raises(ValidationError) as caught:
+        shape.model_validate({"query": "who", "documents": [], "texts": [], name: [1] * 1000})
+
+    assert caught.value.error_count() <= 2  # neither a text nor an object
+
+
+@pytest.mark.parametrize("content", [b"", b"nope", b"\xff\xfe", b"[]", b'{"query":"a","documents":' + b"[" * 40_000])
 def test_what_is_no_json_object_is_refused(url: str, content: bytes) -> None:
     response = httpx.post(f"{url}/v1/rerank", content=content, headers={"Content-Type": "application/json"})
 
