@@ -45,8 +45,8 @@ def ranker(qr_mini: Any, *, icr: bool = False, **options: Any) -> Any:
 
 def windows_of(reranker: Any, documents: list[Any]) -> list[list[Any]]:
     """What is read in each prompt before the last one."""
-    from qr_integrations.retrieval.layout import Query
     from qr_integrations.retrieval.given import as_documents
+    from qr_integrations.retrieval.layout import Query
 
     windows: list[list[Any]] = reranker.fit(Query(QUERY), as_documents(documents), reranker.limits)
     return windows
