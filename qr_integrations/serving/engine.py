@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import os
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -322,8 +323,9 @@ async def _next_of(pieces: "asyncio.Queue[str | Said | None]", deadline: float) 
 
 def _by_its_id(error: QRError, served: _Served) -> QRError:
     """The same error, in which the model is called what clients call it: its own name may be a path."""
-    told = str(error).replace(repr(served.backend.name), repr(served.card.id))
-    error.args = (told.replace(served.backend.name, served.card.id), *error.args[1:])
+    name, told = served.backend.name, str(error)
+    told = told.replace(name, served.card.id) if os.sep in name else told.replace(repr(name), repr(served.card.id))
+    error.args = (told, *error.args[1:])
     return error
 
 
