@@ -48,14 +48,29 @@ def test_every_setting_has_an_option() -> None:
         *("--model", "a", "--vision-model", "b", "--model-id", "A", "--vision-model-id", "B", "--device", "cpu"),
         *("--dtype", "float32", "--device-map", "auto", "--icr", "--heads", "all", "--layout", "block"),
         *("--normalize", "none", "--truncation", "chunk", "--max-context-tokens", "1", "--cache-mib", "2"),
-        *("--cache-folder", "c", "--queue-size", "3", "--max-batch", "4", "--deadline", "5.5", "--grace", "6"),
+        *(
+            "--cache-disk-mib",
+            "5",
+            "--cache-dtype",
+            "int8",
+            "--cache-folder",
+            "c",
+            "--queue-size",
+            "3",
+            "--max-batch",
+            "4",
+            "--deadline",
+            "5.5",
+            "--grace",
+            "6",
+        ),
         *("--allowed-host", "x", "--allowed-host", "y", "--host", "::1", "--port", "7", "--max-body-bytes", "8"),
         *("--max-documents", "9", "--max-request-tokens", "10", "--max-new-tokens", "11"),
         *("--default-new-tokens", "12", "--max-pictures", "13", "--max-picture-bytes", "14"),
         *("--max-picture-pixels", "15", "--allow-urls", "--picture-timeout", "16", "--log-text"),
     )
     assert given.allowed_hosts == ("x", "y")
-    assert given.cache_bytes == 2 * 2**20
+    assert (given.cache_bytes, given.cache_disk_bytes, given.cache_dtype) == (2 * 2**20, 5 * 2**20, "int8")
     assert given.cache_folder == Path("c")
     assert given.normalize is None
     assert given.method == "icr"
