@@ -14,12 +14,12 @@ from qr_integrations.cli import screen
 from qr_integrations.cli.detect import show
 from qr_integrations.cli.rerank import heads_of
 from qr_integrations.errors import InputError
+from qr_integrations.model_settings import ModelSettings
+from qr_integrations.reranking import RerankSettings
 from qr_integrations.retrieval import HeadSet
 from qr_integrations.serving.bulk import (
     BulkReport,
     ListsFile,
-    ModelSettings,
-    RerankSettings,
     RunFile,
     Workers,
     detect_in_bulk,

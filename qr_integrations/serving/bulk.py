@@ -36,8 +36,6 @@ from qr_integrations.version import __version__
 __all__ = [
     "BulkReport",
     "ListsFile",
-    "ModelSettings",
-    "RerankSettings",
     "RunFile",
     "Workers",
     "detect_in_bulk",

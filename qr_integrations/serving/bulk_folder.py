@@ -112,12 +112,11 @@ class BulkFolder:
 
     def close(self, bad: list[dict[str, Any]]) -> None:
         """All shards are finished: write down the `bad` lists, or that there are none by writing nothing."""
-        errors = self.path / _ERRORS
         if bad:
-            write_whole(errors, (json.dumps(entry, ensure_ascii=False) + "\n" for entry in bad))
+            write_whole(self.errors, (json.dumps(entry, ensure_ascii=False) + "\n" for entry in bad))
         else:
             with suppress(FileNotFoundError):
-                errors.unlink()
+                self.errors.unlink()
         sync_folder(self.path)
 
     @property
